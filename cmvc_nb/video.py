@@ -13,6 +13,7 @@ from fractions import Fraction
 from math import log
 from pathlib import Path
 import av, numpy as np
+from av.stream import Disposition
 from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image, ImageDraw
 from .errors import CmvcError
@@ -166,7 +167,7 @@ class _File:
     def _open(self):
         try: c = av.open(f'file:{self.path}', format=self.fmt, options=self.opts)
         except (av.FFmpegError, OSError, ValueError) as e: raise CmvcError(f'{self.name}: not a video that can be read ({_reason(e)})') from None
-        shown = [s for s in c.streams.video if 'attached_pic' not in s.disposition.name]
+        shown = [s for s in c.streams.video if not s.disposition & Disposition.attached_pic]
         if not shown or c.format.name in ('tty', 'bin', 'xbin', 'adf', 'idf'):
             c.close(); raise CmvcError(f'{self.name}: no video in it' + (', only audio' if c.streams.audio else ''))
         return c
