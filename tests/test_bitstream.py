@@ -1,0 +1,177 @@
+"The container: round trips, random access, damage, hostile files."
+import io, random, tracemalloc
+from dataclasses import replace
+import pytest
+from hypothesis import given, settings, strategies as st
+from cmvc_nb.errors import CmvcError, BitstreamError
+from cmvc_nb.header import Header, crc16, header_bytes, varint
+from cmvc_nb.bitstream import Clip, CmvcFile, Group, Track, keyframes_of_clip, open_cmvc, parse, storage_order, to_bytes, verify
+from test_header import headers
+
+H = Header(256, 256, 256, 256, 33, 30, preset=b'\xa7\x1e\x02\xd4')
+
+@st.composite
+def files(draw):
+    h = draw(headers())
+    lengths = draw(st.lists(st.integers(1, 65536), min_size=1, max_size=12))
+    h = replace(h, frames=sum(lengths) + (h.topology == 'pair'))
+    n_keys = len(lengths) + (h.topology == 'pair')
+    n_groups = -(-n_keys//h.group_size) if h.mode == 'it2v' else 0
+    payload = st.binary(max_size=40)
+    types = draw(st.lists(st.integers(2, 2**32-1), max_size=2, unique=True))
+    return CmvcFile(h, [Group(draw(st.integers(0, 255)), draw(payload)) for _ in range(n_groups)], [Clip(n, draw(payload)) for n in lengths],
+                    [Track(t, draw(st.integers(0, 300)), draw(st.lists(payload, min_size=1, max_size=3))) for t in sorted(types)])
+
+def sample(n_clips=9, group=50, clip=20, tracks=(), **kw):
+    rng = random.Random(1)
+    h = replace(H, frames=n_clips*5+1, group_size=4, **kw)
+    n_groups = -(-(n_clips+1)//4) if h.mode == 'it2v' else 0
+    return CmvcFile(h, [Group(0, rng.randbytes(group)) for _ in range(n_groups)], [Clip(5, rng.randbytes(clip)) for _ in range(n_clips)], list(tracks))
+
+@given(files())
+def test_files_come_back(f):
+    b = to_bytes(f)
+    assert parse(b) == f and to_bytes(parse(b)) == b == to_bytes(f) and verify(b) == []
+
+def test_keyframes_and_order():
+    f = sample()
+    assert f.keyframes == list(range(0, 46, 5)) == open_cmvc(f).keyframes
+    led = replace(f, header=replace(f.header, topology='led', frames=45))
+    assert led.keyframes == list(range(0, 45, 5))
+    for topology in 'pair', 'led':
+        for size in 1, 2, 3, 8:
+            order = storage_order(dict(mode='it2v', topology=topology, group_size=size), 11)
+            for j in range(11):
+                for k in keyframes_of_clip(j, topology): assert order.index((0, k//size)) < order.index((1, j))
+            assert len(order) == len(set(order)) == 11 + -(-(11 + (topology == 'pair'))//size)
+
+def test_sizes():
+    "Header at most 32 bytes with three keyframes' group, framing 4 bytes a clip; also with every usual setting changed."
+    two = CmvcFile(H, [Group(0, bytes(500))], [Clip(16, bytes(90))]*2)
+    assert len(to_bytes(two)) - 680 == 23 + 2*4 and len(to_bytes(replace(two, clips=[Clip(8, bytes(90))]*4))) - 860 == 23 + 4*4
+    hd = replace(H, width=1920, height=1080, coded_width=320, coded_height=192, steps=8, strength=.4, seed=5, lora_steps=20)
+    assert len(to_bytes(replace(two, header=hd))) - 680 - 8 <= 32
+    text = CmvcFile(Header(256, 256, 256, 256, 33, 30, 'tt2v', preset=b'abcd'), [], [Clip(32, bytes(90))])
+    assert len(to_bytes(text)) - 90 == 18 + 4
+
+def test_writing_refuses_contradictions():
+    f = sample()
+    bad = [replace(f, header=replace(f.header, frames=47)), replace(f, groups=f.groups[:-1]), replace(f, groups=f.groups+[f.groups[0]]), replace(f, clips=[]),
+           replace(f, header=replace(f.header, mode='tt2v')), replace(f, clips=f.clips[:-1]+[Clip(5, None)]), replace(f, tracks=[Track(1, 0, [b''])]),
+           replace(f, tracks=[Track(7, 0, [b'']), Track(7, 0, [b'', b''])]), replace(f, tracks=[Track(7, 0, [])]), replace(f, groups=[Group(256, b'')]*3),
+           replace(f, clips=f.clips[:-1]+[Clip(0, b''), Clip(5, b'')]), replace(f, clips=[Clip(70000, b'')], groups=f.groups[:1], header=replace(f.header, frames=70001))]
+    for x in bad:
+        with pytest.raises(CmvcError): to_bytes(x)
+
+def test_random_access_reads_only_what_is_asked_for(tmp_path):
+    f = sample(n_clips=40, group=900, clip=60); p = tmp_path/'a.cmvc'; p.write_bytes(to_bytes(f))
+    class Counting(io.FileIO):
+        n = 0
+        def read(self, k=-1): b = super().read(k); self.n += len(b); return b
+    file = Counting(p); r = open_cmvc(file)
+    head = r.bytes_read
+    assert head == p.stat().st_size - 40*60 - 11*900
+    assert r.clip(17) == f.clips[17] and r.group(4) == f.groups[4]
+    assert r.bytes_read == file.n == head + 960
+    for t,i in [(1, 40), (0, 11), (2, 0)]:
+        with pytest.raises(CmvcError): r.read(t, i)
+
+def test_every_changed_byte_is_found():
+    b = to_bytes(sample(n_clips=3, group=12, clip=8, tracks=[Track(9, 1, [b'abc'])]))
+    for i in range(len(b)):
+        for x in (*(1<<k for k in range(8)), 0xff, 0x55):
+            bad = b[:i] + bytes([b[i]^x]) + b[i+1:]
+            with pytest.raises(BitstreamError): parse(bad)
+            assert verify(bad)
+
+def test_every_cut_is_found_and_salvage_keeps_what_stands_before():
+    f = sample(n_clips=9, group=12, clip=8); b = to_bytes(f); r = open_cmvc(b)
+    for n in range(len(b)):
+        with pytest.raises(BitstreamError): parse(b[:n])
+        assert verify(b[:n])
+        if n < r.bytes_read: continue
+        g = parse(b[:n], salvage=True)
+        for s in r.sections:
+            x, y = (g.groups, f.groups) if s.track == 0 else (g.clips, f.clips)
+            assert x[s.index].payload == (y[s.index].payload if s.offset+s.length <= n else None)
+
+def test_payload_damage_is_local():
+    f = sample(); b = to_bytes(f); r = open_cmvc(b)
+    for s in r.sections:
+        bad = bytearray(b); bad[s.offset + s.length//2] ^= 0x10
+        with pytest.raises(BitstreamError, match=s.name): parse(bytes(bad))
+        with open_cmvc(bytes(bad)) as q:
+            for t in r.sections:
+                if t is not s: assert q.read(t.track, t.index) == r.read(t.track, t.index)
+        assert len(verify(bytes(bad))) == 1 and s.name in verify(bytes(bad))[0]
+        g = parse(bytes(bad), salvage=True)
+        assert [x.payload is None for x in g.groups + g.clips].count(True) == 1
+
+@pytest.mark.parametrize('extra', [b'\0', b'garbage'*100])
+def test_trailing_bytes(extra):
+    b = to_bytes(sample())
+    with pytest.raises(BitstreamError, match='follow'): open_cmvc(b+extra)
+    assert verify(b+extra) and parse(b+extra, salvage=True) == parse(b)
+
+def test_unknown_tracks_are_carried_and_change_nothing_else():
+    f = sample(); g = sample(tracks=[Track(3, 2, [b'flow', b'', b'more']), Track(77777, 0, [b'?'])])
+    assert parse(to_bytes(g)) == g and parse(to_bytes(g)).clips == f.clips and open_cmvc(g).read(3, 2) == b'more'
+
+def hostile(clips, size=None, h=H):
+    "A file with a right checksum and any table: `clips` are (frames, length)."
+    b = header_bytes(replace(h, mode='tt2v')) + varint(size or len(clips)) + b''.join(varint(*c) + crc16(b'') for c in clips)
+    return b + crc16(b)
+
+def test_claims_do_not_allocate():
+    cases = [hostile([(10**12, 0)]), hostile([(33, 2**39)]), hostile([(33, 10**12)]), hostile([(65536, 0)]*3, 10**9), hostile([(5, 2**62)])]
+    tracemalloc.start()
+    for b in cases:
+        with pytest.raises(BitstreamError): parse(b)
+        with pytest.raises(BitstreamError): open_cmvc(b)
+        assert verify(b)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+    assert parse(hostile([(65536, 0)]*3)).header.frames == 3*65536+1
+
+def test_zero_group_size_is_refused():
+    b = header_bytes(H)[:-1] + varint(1<<10, 0) + varint(1, 5, 0) + crc16(b'')
+    with pytest.raises(BitstreamError): parse(b + crc16(b))
+
+def test_second_spellings_are_refused():
+    "A right checksum does not help a header that says a default, a known rate or an equal size at length."
+    for head in [b'CMV\x01\x01' + b'\x80\x02'*2 + varint(0, 30, 1) + b'abcd\0', b'CMV\x01\x09' + b'\x80\x02'*2 + varint(32, 32, 4) + b'abcd\0',
+                 b'CMV\x01\x01' + b'\x80\x02'*2 + varint(4) + b'abcd' + varint(1, 12), b'CMV\x01\x01' + b'\x80\x02'*2 + varint(0, 62, 2) + b'abcd\0']:
+        b = head + varint(1, 32, 0) + crc16(b'')
+        with pytest.raises(BitstreamError, match='legal form'): parse(b + crc16(b))
+
+def test_sources(tmp_path):
+    b = to_bytes(sample()); p = tmp_path/'a.cmvc'; p.write_bytes(b)
+    assert parse(p) == parse(str(p)) == parse(b) == parse(io.BytesIO(b)) == parse(bytearray(b)) == parse(open_cmvc(p))
+    for bad in tmp_path/'none.cmvc', tmp_path:
+        with pytest.raises(CmvcError, match='cannot read'): open_cmvc(bad)
+    with pytest.raises(BitstreamError): open_cmvc(b'')
+
+@settings(max_examples=400, deadline=None, derandomize=True) # one splice in 65,536 has the right CRC by chance: no new luck in each run
+@given(files(), st.data())
+def test_mutations_never_pass_and_never_crash(f, data):
+    b = to_bytes(f); n = len(b)
+    at, to = data.draw(st.integers(0, n)), data.draw(st.integers(0, n))
+    kind = data.draw(st.sampled_from(['flip', 'cut', 'insert', 'splice', 'drop', 'double']))
+    junk = data.draw(st.binary(min_size=1, max_size=12))
+    bad = dict(flip=b[:at] + bytes(a^c for a,c in zip(b[at:], junk)) + b[at+len(junk):], cut=b[:at], insert=b[:at] + junk + b[at:],
+               splice=b[:at] + b[to:], drop=b[:min(at, to)] + b[max(at, to):], double=b + b[at:])[kind]
+    if bad == b: return
+    try: parse(bad)
+    except BitstreamError: pass
+    else: raise AssertionError(f'{kind} at {at} passed')
+    assert verify(bad)
+    try: g = parse(bad, salvage=True)
+    except BitstreamError: return
+    assert g.header == f.header          # salvage trusts a header only as a whole
+    for x,y in zip(g.groups + g.clips, f.groups + f.clips): assert x.payload is None or crc16(x.payload) == crc16(y.payload)
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200))
+def test_random_bytes(b):
+    for x in b, b'CMV\x01' + b:
+        assert verify(x)
