@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test site export readme clean
+.PHONY: help demo test site export readme has-quarto clean
 
 help:
 	@echo 'make demo                 install, then encode and decode Big Buck Bunny in both modes; results in demo/'
@@ -43,10 +43,12 @@ readme: $(VENV)/installed-dev
 	$(BIN)/python tests/readme.py
 
 # README.md is touched so that nbdev leaves it alone: ours comes from tests/readme.py
-site: $(VENV)/installed-dev
-	@command -v quarto >/dev/null || { echo 'quarto is missing: install it from https://quarto.org, then run make site again'; exit 2; }
+site: has-quarto $(VENV)/installed-dev
 	touch README.md
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 nbdev_docs --n_workers 2
+
+has-quarto:
+	@command -v quarto >/dev/null || { echo 'quarto is missing: install it from https://quarto.org, then run make site again'; exit 2; }
 
 clean:
 	rm -rf $(VENV) _proc _docs build dist *.egg-info demo .hypothesis .pytest_cache
