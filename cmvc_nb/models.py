@@ -21,7 +21,7 @@ PRESETS = Path(__file__).parent/'presets' if '__file__' in globals() else Path('
 class Preset:
     "The parts of a model, where they are, and how to use them."
     name:str                  # short name, for people
-    parts:dict                # role → folder (relative to `root`) or hub id: diffusion, motion_adapter, clip, describer
+    parts:dict                # role → folder (from `root`; ./ says that it is one) or hub id: diffusion, motion_adapter, clip, describer
     root:Path=PRESETS         # folder of the YAML file
     version:int=1             # of this page
     size:int=512              # working size in pixels: the area is about `size`²
@@ -34,6 +34,8 @@ class Preset:
     memory:str=''             # what it needs
 
 # %% ../nbs/40_models.ipynb #40-008
+def _hub_id(name): return len(str(name).split('/')) == 2 and str(name)[0] not in './~'
+
 def _read(path):
     try: d = yaml.safe_load(Path(path).read_text())
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as e: raise CmvcError(f"preset {path}: {str(e).splitlines()[0]}; expected a readable YAML file") from None
@@ -60,12 +62,14 @@ def load_preset(
         if not (path/'model_index.json').exists(): raise CmvcError(f"{path} has neither preset.yaml nor model_index.json: expected a folder in diffusers' layout")
         own = {r: str((path/r).resolve()) for r in ('motion_adapter', 'clip') if (path/r).is_dir()}
         return Preset(path.resolve().name, {'diffusion': str(path.resolve()), **own})
-    if len(str(name).split('/')) == 2 and not str(name).startswith(('.', '/')): return Preset(str(name), {'diffusion': str(name)})
+    if _hub_id(name): return Preset(str(name), {'diffusion': str(name)})
     raise CmvcError(f"no preset '{name}': expected one of {', '.join(sorted(known))}, a .yaml file, a folder in diffusers' layout, or a hub id such as owner/name")
 
 # %% ../nbs/40_models.ipynb #40-011
-_WANT = ['model_index.json', 'config.json', '*/*.json', '*/*.txt', '*.json', '*model.safetensors', '*-of-*.safetensors']
-_SKIP = ['safety_checker/*', 'feature_extractor/*', 'v1-*', 'v2-*']
+_WANT = ['*.json', '*.txt', '*model.safetensors', '*-of-*.safetensors']
+_SKIP = ['safety_checker/*', 'feature_extractor/*']
+
+_TINY_CLIP = str(PRESETS/'tiny'/'clip')
 
 def _fetch(where, role, preset):
     from huggingface_hub import snapshot_download
@@ -81,13 +85,11 @@ def part_folder(
     role:str,      # 'diffusion', 'motion_adapter' or 'clip'
 )->Path: # a local folder; downloads a hub id; `CmvcError` if missing or without safetensors
     "The folder of one part of `preset`."
-    where = preset.parts.get(role)
-    if where is None and role == 'clip': return PRESETS/'tiny'/'clip'
+    where = preset.parts.get(role, _TINY_CLIP if role == 'clip' else None)
     if where is None: raise CmvcError(f"preset {preset.name} has no {role}: name one in its YAML file" + (', or use mode it2v' if role == 'motion_adapter' else ''))
-    at = next((p for p in (Path(preset.root)/where, PRESETS/where) if p.is_dir()), None)
-    if at is None:
-        if len(where.split('/')) != 2 or where.startswith(('.', '/')) or where.split('/')[0] == 'tiny':
-            raise CmvcError(f"preset {preset.name}: the folder of {role}, {Path(preset.root)/where}, does not exist")
+    at = Path(preset.root)/where
+    if not at.is_dir():
+        if not _hub_id(where): raise CmvcError(f"preset {preset.name}: the folder of {role}, {at}, does not exist")
         at = _fetch(where, role, preset.name)
     _check_layout(at, role, preset.name)
     return at
@@ -213,7 +215,7 @@ class Models:
     def clip(self):
         "open_clip's model, in evaluation mode, float32."
         import open_clip
-        at = part_folder(self.preset, 'clip'); _check_layout(at, 'clip', self.preset.name)
+        at = part_folder(self.preset, 'clip')
         return _quietly(lambda: open_clip.create_model(f'local-dir:{at}', device=self.device, require_pretrained=True, weights_only=True).eval().requires_grad_(False),
                         f'clip in {at}', self.preset.name)
 

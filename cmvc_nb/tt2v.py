@@ -37,6 +37,7 @@ def fit_text(
 )->str: # 'text after' within the limit; a UserWarning says what was cut
     "Join two texts so that the tokenizer takes them whole."
     limit = limit or tokenizer.model_max_length
+    text, after = text[:64*limit], after[:64*limit] # no token is so long: a megabyte need not be counted
     join = lambda t: ' '.join(filter(None, (t.strip(), after.strip())))
     count = lambda t: len(tokenizer(t, truncation=False, verbose=False).input_ids)
     if count(join(text)) <= limit: return join(text)

@@ -43,3 +43,27 @@ def make_dummy_preset(folder, seed=0, **page):
                 settings=dict(steps=2, lora_steps=2, strength=.5, guidance_scale=1.), tt2v=dict(context=8, share=.5), it2v={})
     (folder/'preset.yaml').write_text(yaml.safe_dump({**text, **page}))
     return folder/'preset.yaml'
+
+
+def make_sd15_layout(folder, seed=0):
+    "Write `sd/` and `motion/` exactly as `stable-diffusion-v1-5/stable-diffusion-v1-5` and its AnimateDiff adapter lie on the hub, in small; with their pickles."
+    from diffusers import PNDMScheduler, StableDiffusionPipeline
+    folder = Path(folder)
+    parts = dummy_components(seed, 'epsilon', 'kl')
+    parts['scheduler'] = PNDMScheduler(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
+    sd = folder/'sd'
+    StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False).save_pretrained(sd)
+    index = json.loads((sd/'model_index.json').read_text())
+    index.update(safety_checker=['stable_diffusion', 'StableDiffusionSafetyChecker'], feature_extractor=['transformers', 'CLIPImageProcessor'], requires_safety_checker=True)
+    (sd/'model_index.json').write_text(json.dumps(index))
+    tokenizer = parts['tokenizer']                                                        # the old files: vocab.json and merges.txt
+    (sd/'tokenizer'/'tokenizer.json').unlink()
+    (sd/'tokenizer'/'vocab.json').write_text(json.dumps(tokenizer.get_vocab()))
+    (sd/'tokenizer'/'merges.txt').write_text('#version: 0.2\n')
+    (sd/'tokenizer'/'special_tokens_map.json').write_text('{}')
+    (sd/'tokenizer'/'tokenizer_config.json').write_text(json.dumps(dict(tokenizer_class='CLIPTokenizer', model_max_length=77, bos_token='<|startoftext|>',
+        eos_token='<|endoftext|>', unk_token='<|endoftext|>', pad_token='<|endoftext|>', add_prefix_space=False, do_lower_case=True)))
+    dummy_motion_adapter(seed).save_pretrained(folder/'motion')
+    for name in ('sd/unet/diffusion_pytorch_model.bin', 'sd/v1-5-pruned.ckpt', 'motion/diffusion_pytorch_model.fp16.safetensors'):
+        (folder/name).write_bytes(b'not to be opened')
+    return folder

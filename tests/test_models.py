@@ -8,7 +8,7 @@ import torch
 
 from cmvc_nb.errors import CmvcError
 from cmvc_nb.models import Preset, list_presets, load_models, load_preset, part_folder, pick_device
-from dummies_models import make_dummy_clip, make_dummy_preset
+from dummies_models import make_dummy_clip, make_dummy_preset, make_sd15_layout
 
 
 @pytest.fixture(scope='module')
@@ -166,17 +166,25 @@ def test_clip_without_weights_is_not_random(copy):
     with pytest.raises(CmvcError, match='pickle'): load_models(copy, 'cpu').clip
 
 
-def test_hub_ids_become_folders(folder, tmp_path, monkeypatch):
+def test_stable_diffusion_15_loads_by_its_preset(tmp_path, monkeypatch):
+    "The page sd15, the hub's layout and names; only the download is replaced by a copy of what the patterns ask for."
     import huggingface_hub
-    asked = []
-    def download(repo, **kwargs):
-        asked.append((repo, kwargs))
-        return str(folder/'motion_adapter' if 'motion' in repo else folder)
+    from huggingface_hub.utils import filter_repo_objects
+    make_sd15_layout(tmp_path)
+    def download(repo, allow_patterns, ignore_patterns, **kwargs):
+        at = tmp_path/{'stable-diffusion-v1-5/stable-diffusion-v1-5': 'sd', 'guoyww/animatediff-motion-adapter-v1-5-2': 'motion'}[repo]
+        names = [str(p.relative_to(at)) for p in at.rglob('*') if p.is_file()]
+        for n in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (to := tmp_path/'cache'/at.name/n).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(at/n, to)
+        return str(tmp_path/'cache'/at.name)
     monkeypatch.setattr(huggingface_hub, 'snapshot_download', download)
-    p = Preset('far', dict(diffusion='some/sd', motion_adapter='some/motion', clip=str(folder/'clip')))
-    assert load_models(p, 'cpu').tt2v.generate(('a', 'b'), 'c', 2, 16, 16, steps=1).shape == (2, 16, 16, 3)
-    assert {r for r, _ in asked} == {'some/sd', 'some/motion'}
-    assert all(not any(w.endswith(('.bin', '.ckpt')) for w in k['allow_patterns']) for _, k in asked)
+    m = load_models('sd15', 'cpu')
+    assert m.tt2v.generate(('a', 'b'), 'c', 3, 16, 16, steps=2).shape == (3, 16, 16, 3)
+    assert m.tt2v.pipe.scheduler.config.beta_schedule == 'linear' and m.tt2v.pipe.scheduler.config.prediction_type == 'epsilon'
+    assert len(load_preset('sd15').fingerprint()) == 4
+    got = [p.name for p in (tmp_path/'cache').rglob('*') if p.is_file()]
+    assert not [n for n in got if n.endswith(('.bin', '.ckpt')) or 'fp16' in n] and 'vocab.json' in got and 'merges.txt' in got
 
 
 @pytest.mark.parametrize('error', [OSError('no network'), ValueError('bad'), RuntimeError('x\ny'), Exception()])
