@@ -128,7 +128,8 @@ def test_public_symbols_documented(n):
     tree, lines, bare = ast.parse(text), text.splitlines(), []
     defs = {s.name: s for s in tree.body if isinstance(s, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))}
     consts = {t.id: s for s in tree.body if isinstance(s, (ast.Assign, ast.AnnAssign))
-              for o in (s.targets if isinstance(s, ast.Assign) else [s.target]) for t in ast.walk(o) if isinstance(t, ast.Name)}
+              for o in (s.targets if isinstance(s, ast.Assign) else [s.target]) for t in ast.walk(o)
+              if isinstance(t, ast.Name) and isinstance(t.ctx, ast.Store)}
     names = ast.literal_eval(consts['__all__'].value)
     assert names == list(dict.fromkeys(names)), 'a name is exported twice'
     for name in names:
