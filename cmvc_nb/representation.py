@@ -14,7 +14,7 @@ from typing import Protocol
 import cv2, numpy as np
 from .errors import CmvcError
 
-# %% ../nbs/20_representation.ipynb #20-005
+# %% ../nbs/20_representation.ipynb #20-006
 class Describer(Protocol):
     "Frames to text: f(k) for keyframes and g(m) for clips (the cross-modality representation above eq. 2)."
     def describe_keyframes(self,
@@ -26,8 +26,9 @@ class Describer(Protocol):
         budget:int=None,   # at most so many UTF-8 bytes a text
     )->list: "One text for each clip."
 
-# %% ../nbs/20_representation.ipynb #20-007
-PALETTE = {'black':(15,15,15), 'dark grey':(62,62,62), 'grey':(122,122,122), 'light grey':(184,184,184), 'white':(242,242,242),
+# %% ../nbs/20_representation.ipynb #20-008
+PALETTE = { # colour name: its sRGB prototype
+    'black':(15,15,15), 'dark grey':(62,62,62), 'grey':(122,122,122), 'light grey':(184,184,184), 'white':(242,242,242),
     'dark red':(105,22,22), 'red':(200,42,42), 'pink':(240,165,172), 'dark brown':(62,42,28), 'brown':(122,82,50), 'tan':(192,156,116),
     'beige':(226,208,178), 'orange':(236,132,40), 'yellow':(236,212,62), 'olive':(110,110,42), 'dark green':(30,68,32), 'green':(60,140,60),
     'light green':(152,202,122), 'grey green':(110,126,104), 'teal':(30,120,120), 'cyan':(102,206,212), 'dark blue':(24,38,92),
@@ -47,7 +48,7 @@ def colour_name(lab:np.ndarray, # one Lab colour `(3,)`
     "The palette name nearest to `lab`."
     return _NAMES[int(((_LAB - lab)**2).sum(-1).argmin())]
 
-# %% ../nbs/20_representation.ipynb #20-011
+# %% ../nbs/20_representation.ipynb #20-012
 @dataclass(frozen=True)
 class Region:
     "One coloured region of a keyframe, in words."
@@ -57,8 +58,9 @@ class Region:
     texture:str # one of `TEXTURES`
     def __str__(self): return f"a {self.size} {self.texture} {self.colour} area {self.place}"
 
-SIZES = ('tiny', 'small', 'medium', 'large', 'huge')
-TEXTURES = ('plain', 'smooth', 'textured', 'rough')
+SIZES = ('tiny', 'small', 'medium', 'large', 'huge') # words for a region's share of the frame
+TEXTURES = ('plain', 'smooth', 'textured', 'rough')  # words for its mean gradient
+# words for where it is: the cells of a 3 x 3 grid, bands, and everywhere
 PLACES = ('at the top left', 'at the top', 'at the top right', 'on the left', 'in the centre', 'on the right',
           'at the bottom left', 'at the bottom', 'at the bottom right', 'across the top', 'across the middle', 'across the bottom', 'everywhere')
 _G = 48 # side of the analysis grid
@@ -85,7 +87,7 @@ def segment(small:np.ndarray, # Lab frame on the analysis grid, float `(48,48,3)
 
 def _touch(a, b): return (a[1:] & b[:-1]).any() or (a[:-1] & b[1:]).any() or (a[:, 1:] & b[:, :-1]).any() or (a[:, :-1] & b[:, 1:]).any()
 
-# %% ../nbs/20_representation.ipynb #20-013
+# %% ../nbs/20_representation.ipynb #20-014
 def _place(m):
     y, x = np.nonzero(m); y, x = (y+.5)/_G, (x+.5)/_G
     if m.mean() > .7: return 'everywhere'
@@ -112,7 +114,8 @@ def regions(
     out.sort(key=lambda r: -r[0])
     return list(dict.fromkeys(r for _, r in out))[:most]
 
-# %% ../nbs/20_representation.ipynb #20-016
+# %% ../nbs/20_representation.ipynb #20-017
+# words for a frame's mean lightness, and for its contrast
 BRIGHT, LIGHT = ('very dark', 'dark', 'dim', 'bright', 'very bright'), ('flat', 'soft', 'hard')
 
 def light_words(
@@ -140,7 +143,7 @@ def describe_keyframe(
         if budget is None or len(s) <= budget: return s
     return _cut(f"A {head[0]} {parts[0].colour} scene.", budget)
 
-# %% ../nbs/20_representation.ipynb #20-018
+# %% ../nbs/20_representation.ipynb #20-019
 def _third(frame, have):
     taken = {r.place for r in have}
     place, (y, x) = next((p, c) for p, c in (('in the centre', (1, 1)), ('at the top', (0, 1)), ('at the bottom', (2, 1)), ('on the left', (1, 0))) if p not in taken)
@@ -152,7 +155,7 @@ def _cut(s, budget):
     if budget < 1: return ''
     return (s[:budget+1].rsplit(' ', 1)[0].rstrip(',;: ') if ' ' in s[:budget+1] else s[:budget])[:budget]
 
-# %% ../nbs/20_representation.ipynb #20-022
+# %% ../nbs/20_representation.ipynb #20-023
 def _small_grey(f, side=128): return cv2.cvtColor(cv2.resize(f, (side, side), interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2GRAY)
 
 def dense_flow(
@@ -184,7 +187,7 @@ class Motion:
     dx:float=0     # its own move to the right, in frame widths
     dy:float=0     # its own move up, in frame heights
 
-# %% ../nbs/20_representation.ipynb #20-024
+# %% ../nbs/20_representation.ipynb #20-025
 def measure_motion(
     clip:np.ndarray, # uint8 RGB `(T,H,W,3)`, T >= 1
     most:int=16,     # at most so many flow fields
@@ -209,7 +212,7 @@ def measure_motion(
     return Motion(**cam, place=_place(g).replace('across', 'in').replace('everywhere', 'in the whole frame'), size=SIZES[int(np.searchsorted([.02, .06, .15, .4], m.mean()))],
                   dx=float(d[0]/S), dy=float(-d[1]/S))
 
-# %% ../nbs/20_representation.ipynb #20-026
+# %% ../nbs/20_representation.ipynb #20-027
 _SHARES = ((.02, ''), (.05, 'slightly'), (.15, 'by a tenth of the frame'), (.27, 'by a fifth of the frame'), (.42, 'by a third of the frame'), (.75, 'by half the frame'), (9e9, 'by the whole frame'))
 def _share(v): return next(w for t, w in _SHARES if abs(v) < t)
 def _moves(dx, dy, sides): # direction and amount of a move; '' below 2 % of the frame
@@ -232,7 +235,7 @@ def motion_sentence(
     full = f"{camera}; {thing}."
     return full if budget is None or len(full) <= budget else _cut(camera + '.', budget)
 
-# %% ../nbs/20_representation.ipynb #20-031
+# %% ../nbs/20_representation.ipynb #20-032
 class MeasuringDescriber:
     "The embedded `Describer`: measures regions, light, camera and objects; deterministic, no weights."
     def describe_keyframes(self, frames:np.ndarray, budget:int=None)->list:
@@ -248,7 +251,7 @@ def _check(a, ndim):
         raise CmvcError(f"frames of dtype {a.dtype} and shape {a.shape}: expected uint8 RGB {'(T,H,W,3)' if ndim == 4 else '(H,W,3)'}")
     return a
 
-# %% ../nbs/20_representation.ipynb #20-035
+# %% ../nbs/20_representation.ipynb #20-036
 _PART = re.compile(r"an? (?:(%s) )?(?:(%s) )?(%s) area (%s)" % tuple('|'.join(sorted(w, key=len, reverse=True)) for w in (SIZES, TEXTURES, _NAMES, PLACES)))
 
 def parse_regions(text:str)->list:
