@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'Preset', 'list_presets', 'load_preset', 'part_folder', 'fingerprint', 'pick_device', 'Models',
-           'load_models']
+           'clip_embed', 'load_models']
 
 # %% ../nbs/40_models.ipynb #40-002
 import hashlib, json, os, sys
@@ -181,7 +181,7 @@ def _prepare(frames, cfg, device): # uint8 (B,H,W,3) → float (B,3,h,w) as open
     mean, std = (torch.tensor(cfg[k], device=device)[:, None, None] for k in ('mean', 'std'))
     return (x - mean)/std
 
-# %% ../nbs/40_models.ipynb #40-024
+# %% ../nbs/40_models.ipynb #40-025
 def _quietly(load, what, preset):
     "Run `load()` without the libraries' bars and notices; their many errors become one."
     import diffusers, transformers, warnings
@@ -199,10 +199,27 @@ def _quietly(load, what, preset):
     finally:
         for l, v in zip(logs, levels): l.set_verbosity(v)
 
+# %% ../nbs/40_models.ipynb #40-027
 class Models:
     "The models of one preset on one device, each loaded when first used."
     def __init__(self, preset:Preset, device, dtype): self.preset, self.device, self.dtype = preset, device, dtype
-    def _pretrained(self): return dict(torch_dtype=self.dtype, use_safetensors=True, local_files_only=True)
+
+    def _load(self, make, role, *more, **options): # `make(folder, …)` on our device, in our precision
+        at = [part_folder(self.preset, r) for r in (role, *more)]
+        how = dict(torch_dtype=self.dtype, use_safetensors=True, local_files_only=True)
+        return _quietly(lambda: make()(*at, **how, **options).to(self.device), f"{role} in {' with '.join(map(str, at))}", self.preset.name)
+
+    @cached_property
+    def it2v(self):
+        "The dual-LoRA pipeline: keyframe images and motion text to video."
+        def make(): from cmvc_nb.it2v import DualLoRAPipeline; return DualLoRAPipeline.from_pretrained
+        return self._load(make, 'diffusion', **self.preset.it2v)
+
+    @cached_property
+    def tt2v(self):
+        "The text-to-video generator: keyframe texts and motion text to video."
+        def make(): from cmvc_nb.tt2v import AnimateDiffTT2V; return AnimateDiffTT2V.from_pretrained
+        return self._load(make, 'diffusion', 'motion_adapter', **self.preset.tt2v)
 
     @cached_property
     def describer(self):
@@ -214,36 +231,26 @@ class Models:
     @cached_property
     def clip(self):
         "open_clip's model, in evaluation mode, float32."
-        import open_clip
         at = part_folder(self.preset, 'clip')
-        return _quietly(lambda: open_clip.create_model(f'local-dir:{at}', device=self.device, require_pretrained=True, weights_only=True).eval().requires_grad_(False),
-                        f'clip in {at}', self.preset.name)
+        def load():
+            import open_clip
+            return open_clip.create_model(f'local-dir:{at}', device=self.device, require_pretrained=True, weights_only=True).eval().requires_grad_(False)
+        return _quietly(load, f'clip in {at}', self.preset.name)
 
-    def clip_embed(self,
-        frames:np.ndarray,  # uint8 RGB `(B,H,W,3)`
-        batch_size:int=64,
-    )->np.ndarray: # float32 `(B,D)` of unit length
-        "CLIP image embeddings (the v of eq. 1)."
-        import torch
-        if getattr(frames, 'dtype', None) != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3: raise CmvcError('clip_embed: expected uint8 frames (B,H,W,3)')
-        cfg = self.clip.visual.preprocess_cfg
-        with torch.inference_mode():
-            out = [self.clip.encode_image(_prepare(frames[i:i+batch_size], cfg, self.device), normalize=True).float().cpu() for i in range(0, len(frames), batch_size)]
-        return torch.cat(out).numpy() if out else np.zeros((0, self.clip.visual.output_dim), np.float32)
+# %% ../nbs/40_models.ipynb #40-028
+def clip_embed(self:Models,
+    frames:np.ndarray,  # uint8 RGB `(B,H,W,3)`
+    batch_size:int=64,  # frames at a time
+)->np.ndarray: # float32 `(B,D)` of unit length
+    "CLIP image embeddings (the v of eq. 1)."
+    import torch
+    if getattr(frames, 'dtype', None) != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3: raise CmvcError('clip_embed: expected uint8 frames (B,H,W,3)')
+    cfg = self.clip.visual.preprocess_cfg
+    with torch.inference_mode():
+        out = [self.clip.encode_image(_prepare(frames[i:i+batch_size], cfg, self.device), normalize=True).float().cpu() for i in range(0, len(frames), batch_size)]
+    return torch.cat(out).numpy() if out else np.zeros((0, self.clip.visual.output_dim), np.float32)
 
-    @cached_property
-    def it2v(self):
-        "The dual-LoRA pipeline: keyframe images and motion text to video."
-        at = part_folder(self.preset, 'diffusion')
-        from cmvc_nb.it2v import DualLoRAPipeline
-        return _quietly(lambda: DualLoRAPipeline.from_pretrained(at, **self._pretrained(), **self.preset.it2v).to(self.device), f'diffusion in {at}', self.preset.name)
-
-    @cached_property
-    def tt2v(self):
-        "The text-to-video generator: keyframe texts and motion text to video."
-        at, motion = part_folder(self.preset, 'diffusion'), part_folder(self.preset, 'motion_adapter')
-        from cmvc_nb.tt2v import AnimateDiffTT2V
-        return _quietly(lambda: AnimateDiffTT2V.from_pretrained(at, motion, **self._pretrained(), **self.preset.tt2v).to(self.device), f'diffusion in {at} with motion in {motion}', self.preset.name)
+Models.clip_embed = clip_embed
 
 def load_models(
     preset:str|Path|Preset='tiny', # anything that `load_preset` takes

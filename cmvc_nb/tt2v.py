@@ -170,13 +170,16 @@ def _pixels(self, z):
         out.append(((x.clamp(-1, 1) + 1)*127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy())
     return np.concatenate(out)
 
+AnimateDiffTT2V._embed, AnimateDiffTT2V._schedule, AnimateDiffTT2V._pixels = _embed, _schedule, _pixels
+
+# %% ../nbs/50_tt2v.ipynb #50-021
 @torch.inference_mode()
-def anchor(self,
+def anchor(self:AnimateDiffTT2V,
     text:str,               # T_k
     height:int, width:int,  # in pixels
     seed:int=0,             # of the file
     steps:int=10,           # of the sampler
-    guidance_scale:float=2.,
+    guidance_scale:float=2., # 1 is none
 )->tuple: # (latent `(C,h,w)` float32, picture uint8 `(H,W,3)`)
     "The picture of a keyframe's text: a function of these arguments and nothing else."
     key = (text, height, width, seed, steps, guidance_scale)
@@ -189,9 +192,9 @@ def anchor(self,
         while len(self._anchors) > 4: self._anchors.popitem(last=False)
     return self._anchors[key]
 
-AnimateDiffTT2V._embed, AnimateDiffTT2V._schedule, AnimateDiffTT2V._pixels, AnimateDiffTT2V.anchor = _embed, _schedule, _pixels, anchor
+AnimateDiffTT2V.anchor = anchor
 
-# %% ../nbs/50_tt2v.ipynb #50-022
+# %% ../nbs/50_tt2v.ipynb #50-024
 @torch.inference_mode()
 def _sample(self, anchors, texts, frames, seed, steps, scale, progress):
     "Latents `(frames,C,h,w)` of a clip, not yet straightened."
@@ -225,7 +228,7 @@ def _batches(wins, most):
         else: out.append([w])
     return out
 
-# %% ../nbs/50_tt2v.ipynb #50-024
+# %% ../nbs/50_tt2v.ipynb #50-026
 def check_request(keyframe_texts, motion_text, num_frames, height, width, steps, multiple=8):
     "Raise `CmvcError` for what no generator can make."
     if len(keyframe_texts) != 2 or not all(isinstance(t, str) for t in (*keyframe_texts, motion_text)): raise CmvcError('expected two keyframe texts and one motion text')
@@ -250,14 +253,14 @@ def generate(self, keyframe_texts, motion_text, num_frames, height=256, width=25
 
 AnimateDiffTT2V._sample, AnimateDiffTT2V.generate = _sample, generate
 
-# %% ../nbs/50_tt2v.ipynb #50-027
+# %% ../nbs/50_tt2v.ipynb #50-029
 def frame_steps(
     frames:np.ndarray, # uint8 `(T,H,W,3)`
 )->np.ndarray: # float `(T-1,)`, mean absolute difference of each frame to the one before
     "How much each frame changes."
     return np.array([np.abs(b.astype(np.int16) - a).mean() for a, b in zip(frames, frames[1:])])
 
-# %% ../nbs/50_tt2v.ipynb #50-030
+# %% ../nbs/50_tt2v.ipynb #50-032
 class PromptPipeline:
     "Any diffusers text-to-video pipeline that takes a prompt, as a `TextToVideo`."
     def __init__(self,

@@ -90,6 +90,7 @@ def test_everything_loads_by_one_road(folder):
     m = load_models(folder, 'cpu')
     assert m.tt2v.pipe.unet.dtype == torch.float32 and not m.tt2v.pipe.unet.training
     assert m.describer.describe_keyframes(frames(1))[0]
+    assert type(m.it2v).__name__ == 'DualLoRAPipeline' and m.it2v.unet is not m.tt2v.image_unet     # LoRAs of one never reach the other
     names = dict(m.tt2v.image_unet.named_parameters())
     shared = [n for n, p in m.tt2v.pipe.unet.named_parameters() if n in names and p.data_ptr() == names[n].data_ptr()]
     assert set(shared) == set(names)                                      # one copy of the image weights
@@ -183,6 +184,7 @@ def test_stable_diffusion_15_loads_by_its_preset(tmp_path, monkeypatch):
     assert m.tt2v.generate(('a', 'b'), 'c', 3, 16, 16, steps=2).shape == (3, 16, 16, 3)
     assert m.tt2v.pipe.scheduler.config.beta_schedule == 'linear' and m.tt2v.pipe.scheduler.config.prediction_type == 'epsilon'
     assert len(load_preset('sd15').fingerprint()) == 4
+    assert m.it2v.multiple % 8 == 0 and m.it2v.unet.dtype == torch.float32
     got = [p.name for p in (tmp_path/'cache').rglob('*') if p.is_file()]
     assert not [n for n in got if n.endswith(('.bin', '.ckpt')) or 'fp16' in n] and 'vocab.json' in got and 'merges.txt' in got
 
