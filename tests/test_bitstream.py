@@ -122,11 +122,11 @@ def test_unknown_tracks_are_carried_and_change_nothing_else():
 
 def hostile(clips, size=None, h=H):
     "A file with a right checksum and any table: `clips` are (frames, length)."
-    b = header_bytes(replace(h, mode='tt2v')) + varint(size or len(clips)) + b''.join(varint(*c) + crc16(b'') for c in clips)
+    b = header_bytes(replace(h, mode='tt2v'), 7<<1) + varint(size or len(clips)) + b''.join(varint(n << 16 | f-1) + crc16(b'') for f,n in clips)
     return b + crc16(b)
 
 def test_claims_do_not_allocate():
-    cases = [hostile([(10**12, 0)]), hostile([(33, 2**39)]), hostile([(33, 10**12)]), hostile([(65536, 0)]*3, 10**9), hostile([(5, 2**62)])]
+    cases = [hostile([(33, 2**39)]), hostile([(33, 10**12)]), hostile([(65536, 0)]*3, 10**9), hostile([(5, 2**62)])]
     tracemalloc.start()
     for b in cases:
         with pytest.raises(BitstreamError): parse(b)
@@ -134,17 +134,20 @@ def test_claims_do_not_allocate():
         assert verify(b)
     assert tracemalloc.get_traced_memory()[1] < 2**20
     tracemalloc.stop()
-    assert parse(hostile([(65536, 0)]*3)).header.frames == 3*65536+1
+    longest = hostile([(65536, 65536)]); assert len(longest) < 40 and parse(longest + bytes(65536), salvage=True).header.frames == 65537
+    f = CmvcFile(Header(256, 256, 256, 256, 10**12, 30, 'tt2v'), [], [Clip(10**12-1, b'')])
+    with pytest.raises(CmvcError, match='65,536'): to_bytes(f)
 
 def test_zero_group_size_is_refused():
-    b = header_bytes(H)[:-1] + varint(1<<10, 0) + varint(1, 5, 0) + crc16(b'')
+    b = header_bytes(H)[:-1] + varint(1<<10, 0) + varint(1, 4) + crc16(b'')
     with pytest.raises(BitstreamError): parse(b + crc16(b))
 
 def test_second_spellings_are_refused():
     "A right checksum does not help a header that says a default, a known rate or an equal size at length."
-    for head in [b'CMV\x01\x01' + b'\x80\x02'*2 + varint(0, 30, 1) + b'abcd\0', b'CMV\x01\x09' + b'\x80\x02'*2 + varint(32, 32, 4) + b'abcd\0',
-                 b'CMV\x01\x01' + b'\x80\x02'*2 + varint(4) + b'abcd' + varint(1, 12), b'CMV\x01\x01' + b'\x80\x02'*2 + varint(0, 62, 2) + b'abcd\0']:
-        b = head + varint(1, 32, 0) + crc16(b'')
+    for head in [b'CMV\x01\x41' + b'\x80\x02'*2 + varint(0, 30, 1) + b'abcd\0', b'CMV\x01\x49' + b'\x80\x02'*2 + varint(32, 32, 4) + b'abcd\0',
+                 b'CMV\x01\x41' + b'\x80\x02'*2 + varint(4) + b'abcd' + varint(1, 12), b'CMV\x01\x41' + b'\x80\x02'*2 + varint(0, 62, 2) + b'abcd\0',
+                 b'CMV\x01\x81' + b'\x80\x02'*2 + varint(1) + b'abcd\0']:
+        b = head + varint(1, 31) + crc16(b'')
         with pytest.raises(BitstreamError, match='legal form'): parse(b + crc16(b))
 
 def test_sources(tmp_path):
