@@ -93,12 +93,13 @@ def write_lora(
     dtype=None, # compute type, None: the UNet's
 ):
     "Copy values into one LoRA of `unet`, in the compute type."
+    dtype = dtype or unet.dtype
     for n, m in lora_layers(unet).items():
         for k in 'AB':
             part, value = getattr(m, f'lora_{k}')[name], state.get(f'{n}.lora_{k}.weight')
             if value is None or value.shape != part.weight.shape:
                 raise CmvcError(f'this LoRA does not fit the UNet at {n}: expected {tuple(part.weight.shape)}, got {None if value is None else tuple(value.shape)}')
-            part.to(dtype or unet.dtype)
+            part.to(dtype)
             part.weight.data.copy_(value)
 
 # %% ../nbs/60_lora.ipynb #60-021
@@ -158,12 +159,13 @@ def split(
 def deterministic():
     "Ask torch for reproducible kernels inside the block: the decoder must find the encoder's LoRAs again."
     was, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    bench, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    fill, bench = torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = torch.backends.cudnn.benchmark = False # the first is for debugging, and slow
     try: yield
     finally:
         torch.use_deterministic_algorithms(was, warn_only=warn)
-        torch.backends.cudnn.benchmark = bench
+        torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark = fill, bench
 
 def draw_plan(
     steps:int, draws:int, # optimisation steps, noise draws a step

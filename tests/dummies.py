@@ -13,11 +13,11 @@ def _seeded(seed, make):
 
 
 def dummy_unet(seed=0, cross=16, channels=4):
-    "UNet2DConditionModel, two levels (8, 16), with self- and cross-attention at both."
+    "UNet2DConditionModel, two levels (8, 16), attention at the lower one."
     from diffusers import UNet2DConditionModel
     return _seeded(seed, lambda: UNet2DConditionModel(
         sample_size=8, in_channels=channels, out_channels=channels, block_out_channels=(8, 16), layers_per_block=1,
-        down_block_types=('CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'), up_block_types=('CrossAttnUpBlock2D', 'CrossAttnUpBlock2D'),
+        down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D'), up_block_types=('CrossAttnUpBlock2D', 'UpBlock2D'),
         cross_attention_dim=cross, attention_head_dim=2, norm_num_groups=4))
 
 
