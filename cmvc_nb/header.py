@@ -105,12 +105,14 @@ class Header:
     init:int=None; lora_lr:int=None; batch:int=None; text_model:int=None; group_size:int=None # see `SETTINGS`
 
     def __post_init__(self):
-        if self.mode not in MODES or self.topology not in TOPOLOGIES: raise CmvcError(f"mode is one of {MODES}, topology of {TOPOLOGIES}, not {self.mode!r}, {self.topology!r}")
+        if self.mode not in MODES: raise CmvcError(f"mode is one of {MODES}, not {self.mode!r}")
+        if self.topology not in TOPOLOGIES: raise CmvcError(f"topology is one of {TOPOLOGIES}, not {self.topology!r}")
         for k in 'width', 'height', 'coded_width', 'coded_height':
             v = getattr(self, k)
-            if not 1 <= v <= MAX_SIDE or k.startswith('coded') and v % 8: raise CmvcError(f"{k} is {v}; a side has 1 to {MAX_SIDE:,} pixels, a coded one in multiples of 8")
+            if not 1 <= v <= MAX_SIDE or k.startswith('coded') and v % 8:
+                raise CmvcError(f"{k} is {v}; a side has 1 to {MAX_SIDE:,} pixels, a coded one in multiples of 8")
         self.fps, self.preset = Fraction(self.fps), bytes(self.preset)
-        if not 0 < self.fps or max(self.fps.as_integer_ratio()) >= 2**32: raise CmvcError(f"frame rate {self.fps} must be positive, with 32-bit terms")
+        if not 0 < self.fps or max(self.fps.as_integer_ratio()) >= 2**32: raise CmvcError(f"frame rate {self.fps} is not positive with 32-bit terms")
         if len(self.preset) != 4: raise CmvcError(f"a preset's fingerprint has 4 bytes, not {len(self.preset)}")
         for k,(unit,*default,top) in SETTINGS.items():
             v = getattr(self, k)
@@ -156,7 +158,7 @@ def read_header(
             h[k] = v/s[0] if s[0] > 1 else v
     return h, flags>>4
 
-# %% ../nbs/31_header.ipynb #31-025
+# %% ../nbs/31_header.ipynb #31-027
 @dataclass
 class ClipContent:
     "What one clip's stream says."
