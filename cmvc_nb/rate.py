@@ -93,8 +93,9 @@ class Rate:
         return [k for k in R_K + R_M + OVERHEAD if self.sum(k)]
     def to_dict(self)->dict:
         "For JSON: bytes, bits, bpp, kbps, the three sums, bits by kind and by place."
-        return dict(bytes=self.bits//8, bits=self.bits, bpp=self.bpp, kbps=self.kbps, R_k=self.sum(*R_K), R_m=self.sum(*R_M), overhead=self.sum(*OVERHEAD),
-                    kinds={k: self.sum(k) for k in self.kinds}, parts={w: {k: self.sum(k, where=w) for k in self.kinds if self.sum(k, where=w)} for w in self.places}, problems=self.problems)
+        parts = {w: {k: self.sum(k, where=w) for k in self.kinds if self.sum(k, where=w)} for w in self.places}
+        return dict(bytes=self.bits//8, bits=self.bits, bpp=self.bpp, kbps=self.kbps, R_k=self.sum(*R_K), R_m=self.sum(*R_M),
+                    overhead=self.sum(*OVERHEAD), kinds={k: self.sum(k) for k in self.kinds}, parts=parts, problems=self.problems)
     def _repr_html_(self): return rate_html(self)
 
 # %% ../nbs/33_rate.ipynb #33-016
@@ -115,8 +116,10 @@ def rate_html(
     line = lambda name, bits: f"<tr><th>{html.escape(name)}</th>{''.join(map(cell, bits))}</tr>"
     rows = [line(w, [r.sum(k, where=w) for k in r.kinds] + [r.sum(where=w)]) for w in r.places]
     rows += [line('sum', [r.sum(k) for k in r.kinds] + [r.bits])]
-    foot = f"{r.bits//8:,} bytes, {r.bpp:.5f} bpp, {r.kbps:.2f} kbit/s; R<sub>k</sub> {r.sum(*R_K):,.1f} + R<sub>m</sub> {r.sum(*R_M):,.1f} + overhead {r.sum(*OVERHEAD):,.1f} bits"
-    return f"<table><tr><th>bits</th>{''.join(f'<th>{k}</th>' for k in r.kinds + ['sum'])}</tr>{''.join(rows)}</table><p>{'<br>'.join([foot, *map(html.escape, r.problems)])}</p>"
+    foot = f"{r.bits//8:,} bytes, {r.bpp:.5f} bpp, {r.kbps:.2f} kbit/s; "
+    foot += f"R<sub>k</sub> {r.sum(*R_K):,.1f} + R<sub>m</sub> {r.sum(*R_M):,.1f} + overhead {r.sum(*OVERHEAD):,.1f} bits"
+    head = ''.join(f'<th>{k}</th>' for k in ['bits', *r.kinds, 'sum'])
+    return f"<table><tr>{head}</tr>{''.join(rows)}</table><p>{'<br>'.join([foot, *map(html.escape, r.problems)])}</p>"
 
 # %% ../nbs/33_rate.ipynb #33-021
 COLOURS = dict(zip(R_K + R_M + OVERHEAD, '#4c78a8 #72b7b2 #f58518 #eeca3b #b279a2 #9d755d #bab0ac #d0c8c4 #e8e4e0 #e45756'.split())) # of each kind
@@ -165,7 +168,8 @@ def hex_dump(
         for at in [a, *range(a//width*width+width, min(z, len(data)), width)]:
             if at >= len(data): break
             text = data[at:min(z, at//width*width+width)].hex(' ')
-            out.append(('<br>' if at and at % width == 0 else ' ') + f"<span title='{html.escape(f'{a}–{z-1}: {meaning}', True)}' style='background:{COLOURS[kind]}80{line}'>{text}</span>")
+            tip = html.escape(f'{a}–{z-1}: {meaning}', True)
+            out.append(('<br>' if at and at % width == 0 else ' ') + f"<span title='{tip}' style='background:{COLOURS[kind]}80{line}'>{text}</span>")
     kinds = [k for k in COLOURS if k in {x[2] for x in spans}]
     legend = ' '.join(f"<span style='background:{COLOURS[k]}80'>&nbsp;{k}&nbsp;</span>" for k in kinds)
     more = f"<p>… {size-len(data):,} more bytes</p>" if size > len(data) else ''
@@ -179,7 +183,8 @@ def inspect_widget(
     w = need('ipywidgets', 'notebooks')
     with open_cmvc(source, salvage=True) as r: r.file.seek(0); data = r.file.read()
     spans, table = byte_map(data), rate_table(data)._repr_html_()
-    pick = w.Dropdown(options=[(f'{a}–{z-1}  {meaning[:60]}', i) for i,(a,z,_,meaning) in enumerate(spans)], description='bytes', layout=w.Layout(width='95%'))
+    options = [(f'{a}–{z-1}  {meaning[:60]}', i) for i,(a,z,_,meaning) in enumerate(spans)]
+    pick = w.Dropdown(options=options, description='bytes', layout=w.Layout(width='95%'))
     view = w.HTML()
     def show(_=None):
         a, z, kind, meaning = spans[pick.value]
