@@ -13,7 +13,7 @@ import cv2, numpy as np
 from .errors import CmvcError, need
 
 # %% ../nbs/10_selection.ipynb #10-012
-METHODS = ('cosine', 'mse', 'uniform', 'random', 'm3')
+METHODS = ('cosine', 'mse', 'uniform', 'random', 'm3') # what `select_keyframes` can choose by; 'cosine' is eq. 1
 
 def grey_thumbnail(
     frame:np.ndarray, # uint8 RGB `(H,W,3)`
