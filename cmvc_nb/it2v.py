@@ -17,6 +17,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from PIL import Image
+from torch.utils.checkpoint import checkpoint
 
 from .errors import CmvcError
 from .lora import _levels, attach, deterministic, fit_keyframes, lora_weights, split, write_lora
@@ -216,7 +217,8 @@ class Clip:
             with lora_weights(pipe.unet, {'0': w_l, '1': 1-w_l}) if self.dual else nullcontext():
                 out = pipe.unet(x.to(self.dtype), t, encoder_hidden_states=self.text.expand(len(x), -1, -1)).sample
             return split(kind, out.float(), x, *self.level(t))
-        return predict
+        if not torch.is_grad_enabled(): return predict
+        return lambda x, t: checkpoint(predict, x, t, use_reentrant=False) # LoRA weights included, or the second run would miss them
 
     def batch(self, w_i, w_l):
         "Frames (B,3,H,W), unclipped, from weights (B,); differentiable in both."
