@@ -83,7 +83,7 @@ def constant_rate(
 def frame_rate(rate): # '50', '29.97', '30000/1001' or a number → Fraction; `CmvcError` if it is not positive
     "Frames per second as a fraction; 23.976, 29.97 and their like become multiples of 1000/1001."
     try: r = Fraction(rate)
-    except (ValueError, ZeroDivisionError, TypeError): r = 0
+    except (ValueError, ArithmeticError, TypeError): r = 0
     if r <= 0: raise CmvcError(f'frame rate {rate!r}: expected a positive number such as 25, 29.97 or 30000/1001')
     ntsc = Fraction(round(r*1001/1000)*1000, 1001)
     return ntsc if r.denominator > 1 and ntsc and abs(r/ntsc - 1) < 1e-4 else r.limit_denominator(100_000) or r
@@ -91,7 +91,9 @@ def frame_rate(rate): # '50', '29.97', '30000/1001' or a number → Fraction; `C
 # %% ../nbs/00_video.ipynb #00-024
 def orientation(frame:av.VideoFrame): # (swap axes, flip horizontally, flip vertically)
     "What the display matrix of `frame` asks for."
-    m = next((np.frombuffer(bytes(s), np.int32) for s in frame.side_data if s.type.name == 'DISPLAYMATRIX'), np.zeros(0))
+    try: m = next((np.frombuffer(bytes(s), np.int32) for s in frame.side_data if s.type.name == 'DISPLAYMATRIX'), np.zeros(0))
+    except ValueError: # side data that PyAV does not know, such as EXIF; the turn alone it can say
+        return {90: (True, False, True), 180: (False, True, True), 270: (True, True, False)}.get(frame.rotation % 360, (False, False, False))
     if m.size < 5: return False, False, False
     a, b, c, d = (int(v) for v in m[[0, 1, 3, 4]])
     return (True, c < 0, b < 0) if abs(b) > abs(a) else (False, a < 0, d < 0)
@@ -138,7 +140,7 @@ class VideoInfo:
     name:str=''
 
 # %% ../nbs/00_video.ipynb #00-033
-_ELSEWHERE = 'hls concat dash webm_dash_manifest imf sdp rtsp rtp sap lavfi tty bin xbin adf idf image2 alsa oss fbdev kmsgrab x11grab video4linux2 v4l2'.split()
+_ELSEWHERE = 'hls concat dash webm_dash_manifest imf sdp rtsp rtp sap lavfi tty bin xbin adf idf alsa oss fbdev kmsgrab x11grab video4linux2 v4l2'.split()
 _FORMATS = ','.join(sorted(av.formats_available - set(_ELSEWHERE)))
 _TIMELESS = 'h264', 'hevc', 'vvc', 'm4v', 'obu', 'rawvideo' # no time stamps of their own
 _COUNTED = 'mov', 'matroska', 'avi', 'yuv4mpegpipe', 'rawvideo' # a declared length can be believed
@@ -147,13 +149,13 @@ _COUNTED = 'mov', 'matroska', 'avi', 'yuv4mpegpipe', 'rawvideo' # a declared len
 def _plainly(what):
     "Failures of FFmpeg and of the system as one line that begins with `what`."
     try: yield
-    except (av.FFmpegError, OSError) as e:
+    except (av.FFmpegError, OSError, UnicodeError, ArithmeticError, MemoryError) as e:
         why = f' ({e.strerror.lower()})' if getattr(e, 'strerror', None) and e.errno not in (16, 22) else ''   # busy, invalid argument: say nothing
         raise CmvcError(what + why) from None
 
 def _open(path, name, fmt=None, options={}):
     with _plainly(f'{name}: not a video, or damaged from the start'):
-        c = av.open(f'file:{path}', format=fmt, options=dict(format_whitelist=_FORMATS, **options))
+        c = av.open(f'file:{path}', format=fmt, metadata_errors='replace', options=dict(format_whitelist=_FORMATS, pattern_type='none', **options))
     if any(not s.disposition & Disposition.attached_pic for s in c.streams.video): return c
     audio = bool(c.streams.audio); c.close()
     raise CmvcError(f"{name}: no video in it{', only audio' if audio else ''}")
@@ -184,7 +186,7 @@ class _File:
     def __init__(self, path, name, raw=None):
         self.path, self.name, self.how = path, name, (None, {})
         if raw: self.how = self._raw(*raw_format(raw))
-        with _open(path, name, *self.how) as c:
+        with _plainly(f'{name}: damaged'), _open(path, name, *self.how) as c:
             s, first = c.streams.video[0], next(_decode(c, name), (0, None))[1]
             if first is None: raise CmvcError(f'{name}: no frame in it; is it truncated?')
             mean, base = s.average_rate, s.base_rate   # base: the nominal rate, or nonsense where frames have no rhythm
@@ -200,7 +202,7 @@ class _File:
         return 'rawvideo', dict(video_size=f'{w}x{h}', framerate=str(fps), pixel_format=fmt)
     def __iter__(self):
         scaler, last = VideoReformatter(), None
-        with _open(self.path, self.name, *self.how) as c:
+        with _plainly(f'{self.name}: damaged'), _open(self.path, self.name, *self.how) as c:
             for f in constant_rate(_decode(c, self.name), self.info.fps):
                 if f is not last: rgb, last = upright(to_rgb(f, scaler, self.size), self.turn), f
                 yield rgb
@@ -217,8 +219,7 @@ class _Pictures:
     def __iter__(self):
         want = self.info.width, self.info.height
         for p in self.paths:
-            with _open(p, p.name) as c: f = next(f for _, f in _decode(c, p.name))
-            rgb = upright(to_rgb(f), orientation(f))
+            with _plainly(f'{p.name}: damaged'), _open(p, p.name) as c: rgb = next(upright(to_rgb(f), orientation(f)) for _, f in _decode(c, p.name))
             if rgb.shape[1::-1] != want: raise CmvcError(f'{p.name}: {rgb.shape[1]}x{rgb.shape[0]} pixels, expected {want[0]}x{want[1]} as in {self.paths[0].name}')
             yield rgb
 
@@ -319,7 +320,9 @@ class _Sink:
         if kind == '.mp4' and (width % 2 or height % 2): pix = 'yuv444p'
         self.matrix, self.scaler, self.n, self.tick = None if pix == 'bgr0' else 'bt601' if height < 720 else 'bt709', VideoReformatter(), 0, 1/fps
         self.c = av.open(file, 'w', format=form, options={'fflags': '+bitexact'})
-        self.s = s = self.c.add_stream(codec, rate=fps, options={'.mp4': dict(crf=str(crf)), '.mkv': dict(level='3', slicecrc='1')}.get(kind, {}))
+        opts = {'.mp4': {'crf': str(crf), 'x264-params': 'cpu-independent=1'},   # without it the bytes may differ from run to run
+                '.mkv': {'level': '3', 'slicecrc': '1', **({'slices': '1'} if width == 1 else {})}}
+        self.s = s = self.c.add_stream(codec, rate=fps, options=opts.get(kind, {}))
         s.width, s.height, s.pix_fmt = width, height, pix
         if self.matrix: s.codec_context.colorspace, s.codec_context.color_range = {'bt601': 6, 'bt709': 1}[self.matrix], 1
         self.c.start_encoding()
@@ -360,9 +363,7 @@ class VideoWriter:
         try:
             with _plainly(f'{self.name}: cannot be written'): yield
         except BaseException: self.abort(); raise
-    def write(self,
-        frames, # uint8 (H,W,3) or (T,H,W,3), or an iterable of them
-    ):
+    def write(self, frames): # uint8 (H,W,3) or (T,H,W,3), or an iterable of them
         "Append one frame or several."
         for f in [frames] if hasattr(frames, 'shape') else frames:
             if f.dtype != np.uint8 or f.shape[-3:] != self.shape or f.ndim > 4: raise CmvcError(f'{self.name}: frames {f.dtype} {f.shape}, expected uint8 {self.shape}')
@@ -371,9 +372,9 @@ class VideoWriter:
     def abort(self):
         "Give up and leave nothing behind."
         sink, self.sink = self.sink, None
-        try: sink and sink.close(flush=False)
-        except (av.FFmpegError, OSError): pass
-        if self.temp: self.temp.unlink(missing_ok=True)
+        for undo in sink and (lambda: sink.close(flush=False)), self.temp and self.temp.unlink:
+            try: undo and undo()
+            except (av.FFmpegError, OSError): pass
     def close(self):
         "Finish the file and move it into its place."
         if self.sink is None: return
