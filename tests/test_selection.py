@@ -283,12 +283,11 @@ def test_widget_moves():
     f = noise(20); F = {m: frame_features(f, m, embed) for m in METHODS}
     box = selection_widget(f, F, n=5); controls, said, image = box.children; slider, choice = controls.children
     seen = set()
-    for m in METHODS:
-        for n in (2, 6):
-            choice.value, slider.value = m, n
-            assert said.value == 'keyframes ' + ', '.join(map(str, select_keyframes(F[m], n=n, method=m)))
-            seen.add(bytes(image.value))
-    assert len(seen) >= 8 and all(s[:2] == b'\xff\xd8' for s in seen)
+    for n, m in ((2, 'cosine'), (4, 'mse'), (3, 'uniform'), (3, 'm3')):
+        choice.value, slider.value = m, n
+        assert said.value == 'keyframes ' + ', '.join(map(str, select_keyframes(F[m], n=n, method=m)))
+        seen.add(bytes(image.value))
+    assert len(seen) == 4 and all(s[:2] == b'\xff\xd8' for s in seen)
 
 def test_real_clip():
     from cmvc_nb.video import Video, demo_clip
