@@ -310,7 +310,7 @@ def read_video(
     "All frames of a short video in memory."
     with Video(source, raw, fps) as v: return np.stack(list(itertools.islice(v, max_frames))), v.info.fps
 
-# %% ../nbs/00_video.ipynb #00-052
+# %% ../nbs/00_video.ipynb #00-054
 _KINDS = {'.mp4': ('mp4', 'libx264', 'yuv420p'), '.mkv': ('matroska', 'ffv1', 'bgr0'), '.y4m': ('yuv4mpegpipe', 'rawvideo', 'yuv420p')}
 
 class _Sink:
@@ -338,7 +338,7 @@ class _Sink:
         if flush: self.c.mux(self.s.encode())
         self.c.close()
 
-# %% ../nbs/00_video.ipynb #00-054
+# %% ../nbs/00_video.ipynb #00-056
 def _place(path): # (kind, final Path or None, hidden Path beside it or None)
     kind, p = '.y4m' if str(path) == '-' else Path(path).suffix.lower(), Path(path)
     if kind not in _KINDS: raise CmvcError(f"{path}: cannot write {kind or 'a file without suffix'}; expected {', '.join(_KINDS)}, or - for standard output")
@@ -346,7 +346,7 @@ def _place(path): # (kind, final Path or None, hidden Path beside it or None)
     if p.is_dir(): raise CmvcError(f'{path}: is a folder, expected a file to write')
     return kind, p, p.with_name(f'.{p.name}.{os.getpid()}.tmp')
 
-# %% ../nbs/00_video.ipynb #00-055
+# %% ../nbs/00_video.ipynb #00-057
 class VideoWriter:
     "Write frames; the file appears when the writer closes, or not at all."
     def __init__(self,
@@ -386,7 +386,7 @@ class VideoWriter:
     def __enter__(self): return self
     def __exit__(self, kind, *_): self.abort() if kind else self.close()
 
-# %% ../nbs/00_video.ipynb #00-056
+# %% ../nbs/00_video.ipynb #00-058
 def write_video(
     path,   # see `VideoWriter`
     frames, # uint8 (T,H,W,3), or an iterable of frames
