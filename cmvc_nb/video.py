@@ -257,6 +257,7 @@ def _put_aside(stream):
     return folder, path
 
 def _source(source, raw, fps): # (an iterable of frames with .info, folder to remove at the end or None)
+    if isinstance(source, Video): return source._frames, None
     if hasattr(source, 'shape'): return _Array(source, fps), None
     if not isinstance(source, (str, os.PathLike)):
         folder, path = _put_aside((source, frame_rate(fps or 25)))
@@ -276,7 +277,7 @@ def _source(source, raw, fps): # (an iterable of frames with .info, folder to re
 class Video:
     "Frames of any source, again and again: `for frame in Video(path)` gives uint8 (H,W,3)."
     def __init__(self,
-        source,            # path, '-' (y4m on standard input), folder of PNGs, array, tensor, or iterable of frames
+        source,            # path, '-' (y4m on standard input), folder of PNGs, array, tensor, iterable of frames, or a Video
         raw:str|None=None, # size, rate and format of raw samples, see `raw_format`
         fps=None,          # for a source that carries no rate (pictures, arrays, iterables); 25 if not given
     ):

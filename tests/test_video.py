@@ -362,6 +362,9 @@ def test_audio_is_dropped_with_one_line(tmp_path, capfd):
     assert out == '' and err == 'cmvc: s.mp4: audio is dropped, CMVC codes pictures only\n' and v.info.has_audio
 
 
+def test_video_of_a_video(): assert Video(v := Video(drawn(), fps=50)).info == v.info and (np.stack(list(Video(v))) == drawn()).all()
+
+
 def test_shows_itself(tmp_path):
     v = Video(drawn()); assert '64×48' in repr(v) and '12 frames' in repr(v)
     v = Video(make(tmp_path/'s.mp4', drawn())); assert v._repr_html_().startswith('<img src="data:image/jpeg;base64,') and 'h264' in repr(v)
