@@ -254,3 +254,9 @@ def test_a_stream_that_says_nothing_legal_is_damage(monkeypatch):
         with pytest.raises(BitstreamError, match='not a text'): content(open_cmvc(b), 0)
         assert content(r, 0) is None and 'clip 0' in r.problems[0]
     assert content(r, 1).keyframe_text == TEXTS[1] and len(r.problems) == 1
+
+def test_another_text_model_is_refused():
+    f, _ = speaking(); f.header = replace(f.header, text_model=200)
+    with pytest.raises(BitstreamError, match='text model 200'): content(open_cmvc(f), 0)
+    r = open_cmvc(f, salvage=True)
+    assert content(r, 0) is None and 'text model' in r.problems[0]
