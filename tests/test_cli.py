@@ -1,0 +1,139 @@
+"The command: every mistake of a user is one line and exit status 2; results can be read by a script."
+import json, os, subprocess, sys
+from pathlib import Path
+import numpy as np, pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
+from cmvc_nb import cli
+from cmvc_nb.video import read_video, write_video
+from cmvc_nb.world import video
+from dummies_models import make_dummy_preset
+
+FAST = '--size 64 --steps 3 --lora-steps 2 --strength 0.5 --device cpu --quiet'.split()
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    d = tmp_path_factory.mktemp('cli')
+    make_dummy_preset(d/'models', 0)
+    write_video(d/'clip.mkv', video(np.random.default_rng(1), 9, 64, kind='pan')[0], 25)
+    assert run(d, 'encode', 'clip.mkv', '-o', 'clip.cmvc', '--texts', '--interval', '4', '--preset', 'models', *FAST)[0] == 0
+    return d
+
+def run(where, *args):
+    "Status, standard output, standard error of `cmvc args` in folder `where`, in this process."
+    import contextlib, io
+    out, err, old, argv = io.StringIO(), io.StringIO(), os.getcwd(), sys.argv
+    os.chdir(where); sys.argv = ['cmvc', *map(str, args)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try: cli.main(); code = 0
+            except SystemExit as e: code = e.code or 0
+    finally: os.chdir(old); sys.argv = argv
+    return code, out.getvalue(), err.getvalue()
+
+def complaint(where, *args):
+    "The one line that a failing command prints; nothing may be left behind."
+    before = sorted(p.name for p in Path(where).iterdir())
+    code, out, err = run(where, *args)
+    assert code == 2 and 'Traceback' not in err + out, (code, out, err)
+    assert len([l for l in err.splitlines() if l.startswith('cmvc: ')]) == 1, err
+    assert sorted(p.name for p in Path(where).iterdir()) == before
+    return err.strip().splitlines()[-1]
+
+
+def test_round_trip_in_another_process_and_folder(place, tmp_path):
+    (tmp_path/'a.cmvc').write_bytes((place/'clip.cmvc').read_bytes())
+    r = subprocess.run([sys.executable, '-c', 'from cmvc_nb.cli import main; main()', 'decode', 'a.cmvc', '-o', 'a.mkv', '--preset', str(place/'models'), '--device', 'cpu', '-q'],
+                       cwd=tmp_path, capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+    assert run(place, 'decode', 'clip.cmvc', '-o', 'b.mkv', '--preset', 'models', '--device', 'cpu', '-q')[0] == 0
+    a, b = read_video(tmp_path/'a.mkv')[0], read_video(place/'b.mkv')[0]
+    assert (a == b).all() and a.shape == (9, 64, 64, 3)
+
+def test_info_json_sums_to_the_file(place):
+    code, out, _ = run(place, 'info', 'clip.cmvc', '--json')
+    d = json.loads(out)
+    assert code == 0 and d['bytes'] == (place/'clip.cmvc').stat().st_size and sum(d['rate']['kinds'].values()) == 8*d['bytes']
+    assert d['frames'] == 9 and d['keyframes'][0] == 0 and d['keyframes'][-1] == 8 and 'scene' in d['texts'][0]
+    assert run(place, 'info', 'clip.cmvc')[0] == 0
+
+def test_convert(place):
+    code, out, err = run(place, 'convert', 'clip.cmvc', '-o', 'words.cmvc', '--mode', 'tt2v', '--preset', 'models', '--json')
+    assert code == 0, err
+    assert json.loads(out)['bytes'] == (place/'words.cmvc').stat().st_size < (place/'clip.cmvc').stat().st_size
+    assert run(place, 'decode', 'words.cmvc', '-o', 'words.mkv', '--preset', 'models', '--device', 'cpu', '-q')[0] == 0
+    assert 'tt2v already' in complaint(place, 'convert', 'words.cmvc', '-o', 'x.cmvc', '--preset', 'models')
+
+def test_pipes(place):
+    me = [sys.executable, '-c', 'from cmvc_nb.cli import main; main()']
+    write_video(place/'in.y4m', read_video(place/'clip.mkv')[0], 25)
+    r = subprocess.run([*me, 'encode', '-', '-o', 'p.cmvc', '--preset', 'models', *FAST], cwd=place, stdin=open(place/'in.y4m', 'rb'), capture_output=True)
+    assert r.returncode == 0, r.stderr
+    r = subprocess.run([*me, 'decode', 'p.cmvc', '-o', '-', '--preset', 'models', '--device', 'cpu'], cwd=place, capture_output=True)
+    assert r.returncode == 0 and r.stdout.startswith(b'YUV4MPEG2')
+    (place/'back.y4m').write_bytes(r.stdout)
+    assert len(read_video(place/'back.y4m')[0]) == 9
+
+def test_clips(place):
+    assert run(place, 'decode', 'clip.cmvc', '-o', 'part.mkv', '--clips', '1:2', '--preset', 'models', '--device', 'cpu', '-q')[0] == 0
+    assert len(read_video(place/'part.mkv')[0]) == 5
+    assert '0:2' in complaint(place, 'decode', 'clip.cmvc', '-o', 'x.mkv', '--clips', '1:9', '--preset', 'models')
+    assert 'clips' in complaint(place, 'decode', 'clip.cmvc', '-o', 'x.mkv', '--clips', 'one', '--preset', 'models')
+
+def test_models():
+    code, out, _ = run('.', 'models', '--json')
+    assert code == 0 and {'tiny', 'sd15'} <= {p['name'] for p in json.loads(out)}
+
+@pytest.mark.parametrize('command', [[], ['encode'], ['decode'], ['info'], ['convert'], ['models'], ['demo']])
+def test_help(command):
+    code, out, err = run('.', *command, '--help')
+    assert code == 0 and 'Usage' in out
+    assert not command or 'Example' in out
+
+def test_help_imports_nothing_heavy():
+    r = subprocess.run([sys.executable, '-c', 'import sys; sys.argv=["cmvc","--help"]\nfrom cmvc_nb.cli import main\ntry: main()\nexcept SystemExit: pass\n'
+                        'assert not {"torch", "numpy", "av", "cv2"} & set(sys.modules), "heavy"'], capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+
+
+def test_bad_videos(place):
+    (place/'empty.mp4').write_bytes(b''); (place/'noise.mp4').write_bytes(bytes(range(256))*40)
+    (place/'cut.mkv').write_bytes((place/'clip.mkv').read_bytes()[:200])
+    enc = lambda clip, *a: complaint(place, 'encode', clip, '-o', 'x.cmvc', '--preset', 'models', *FAST, *a)
+    for clip in ('missing.mp4', 'empty.mp4', 'noise.mp4', 'cut.mkv', '.'): assert clip in enc(clip)
+    import av
+    with av.open(str(place/'sound.wav'), 'w') as c:
+        s = c.add_stream('pcm_s16le', rate=8000); f = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), layout='mono'); f.rate = 8000
+        c.mux(s.encode(f)); c.mux(s.encode())
+    assert 'sound.wav' in enc('sound.wav')
+    write_video(place/'one.mkv', np.zeros((1, 64, 64, 3), np.uint8), 25)
+    assert 'one frame' in enc('one.mkv')
+    assert 'keyframes' in enc('clip.mkv', '--keyframes', '10')
+    assert 'size' in enc('clip.mkv', '--size', 'big')
+
+def test_bad_output(place):
+    for out in ('no/such/x.cmvc', '.'): complaint(place, 'encode', 'clip.mkv', '-o', out, '--preset', 'models', *FAST)
+    for out in ('no/such/x.mp4', 'x.xyz', 'x'): complaint(place, 'decode', 'clip.cmvc', '-o', out, '--preset', 'models')
+
+def test_bad_options(place):
+    for args in (['encode', 'clip.mkv', '-o', 'x.cmvc', '--mode', 'x'], ['encode', 'clip.mkv'], ['nonsense'], ['decode', 'clip.cmvc', '-o', 'x.mkv', '--clip', '1']):
+        code, out, err = run(place, *args); assert code == 2 and 'Traceback' not in err
+    assert 'preset' in complaint(place, 'decode', 'clip.cmvc', '-o', 'x.mkv', '--preset', 'no-such')
+    assert 'models' in complaint(place, 'decode', 'clip.cmvc', '-o', 'x.mkv')      # made with other weights
+    assert 'device' in complaint(place, 'decode', 'clip.cmvc', '-o', 'x.mkv', '--preset', 'models', '--device', 'cuda:7')
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(at=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255), cut=st.booleans())
+def test_any_byte_changed_or_cut(place, at, flip, cut):
+    data = bytearray((place/'clip.cmvc').read_bytes()); i = int(at*len(data))
+    if cut: data = data[:i]
+    else: data[i] ^= flip
+    (place/'bad.cmvc').write_bytes(data)
+    complaint(place, 'info', 'bad.cmvc')
+
+def test_damaged_file_does_not_decode(place):
+    data = bytearray((place/'clip.cmvc').read_bytes()); data[-3] ^= 1
+    (place/'bad.cmvc').write_bytes(data)
+    assert 'clip' in complaint(place, 'decode', 'bad.cmvc', '-o', 'x.mkv', '--preset', 'models')
+    code, out, err = run(place, 'decode', 'bad.cmvc', '-o', 'saved.mkv', '--salvage', '--preset', 'models', '--device', 'cpu', '-q')
+    assert code == 0 and 'checksum' in err and len(read_video(place/'saved.mkv')[0]) == 9
