@@ -9,7 +9,6 @@ __all__ = ['TAILS', 'CODECS', 'to_planes', 'from_planes', 'psnr', 'svt_encode', 
 
 # %% ../nbs/30_keyframes.ipynb #30-002
 import functools, io, math, os
-os.environ.setdefault('SVT_LOG', '1')   # errors only: SVT-AV1 prints a page on stderr otherwise
 from fractions import Fraction
 import av, numpy as np
 from PIL import Image
@@ -34,11 +33,16 @@ def from_planes(
     planes = [Image.fromarray(p) for p in (yuv[:h], *yuv[h:].reshape(2, h//2, w//2))]
     return np.asarray(Image.merge('YCbCr', [p.resize(size, Image.BICUBIC) for p in planes]).convert('RGB'))
 
-def psnr(a, b):
-    "Peak signal to noise ratio of all frames together, in dB."
-    return 10*math.log10(255**2/max(np.square(np.subtract(a, b, dtype=np.float32)).mean(), 1e-3))
+def psnr(
+    a, b, # arrays (…,H,W,3), 0 to 255
+)->float: # dB, the mean over frames
+    "Peak signal to noise ratio; equal frames count as 78 dB."
+    mse = np.square(np.subtract(a, b, dtype=np.float32)).mean(axis=(-3, -2, -1))
+    return float(np.mean(10*np.log10(255**2/np.maximum(mse, 1e-3))))
 
 # %% ../nbs/30_keyframes.ipynb #30-012
+os.environ.setdefault('SVT_LOG', '1')   # errors only: SVT-AV1 prints a page on stderr otherwise
+
 def svt_encode(
     frames:np.ndarray, # (n,H,W,3) uint8
     crf:float,         # 1 (best) to 70 (smallest), in quarters
@@ -87,7 +91,9 @@ def _read_varint(data, i):
         if b < 128: return n, i+k+1
     raise BitstreamError('keyframe group: a length is cut off or too long; the file is damaged')
 
-def obu(kind, payload): return bytes([kind << 3 | 2]) + _varint(len(payload)) + payload # one AV1 unit
+def obu(kind, payload)->bytes:
+    "One AV1 unit, with its length."
+    return bytes([kind << 3 | 2]) + _varint(len(payload)) + payload
 
 def obus(
     data:bytes, # AV1 units, each with its length
@@ -165,7 +171,7 @@ def coded_size(
     "The size at which a keyframe is coded."
     return tuple(max(2, (x*(16-scale)+16)//32*2) for x in (width, height))
 
-def decode_av1(payload, n, width, height):
+def decode_av1(payload, n, width, height)->np.ndarray: # (n,height,width,3)
     "A stripped payload to frames at the shown size."
     size = coded_size(width, height, payload[0] & 15)
     return np.stack([from_planes(p, (width, height)) for p in decode_units('libdav1d', unstrip_av1(payload, n, size), n, size)])
@@ -252,6 +258,7 @@ def _x265(frames, q):
     return _packets(c, frames, frames.shape[2:0:-1])
 
 # %% ../nbs/30_keyframes.ipynb #30-037
+# the number of each keyframe codec in a file
 CODECS = {'av1': 0, 'avif': 1, 'webp': 2, 'jpeg': 3, 'x265': 4}
 
 def encode_group(

@@ -65,7 +65,7 @@ def test_bytes_and_decibels_grow_with_quality():
     points = K.rd_points(f, 'av1', (-40, -20, -10, 0, 5, 10, 20, 35, 50, 75, 100))
     assert all(a[1] < b[1] and a[2] < b[2] + .05 for a, b in zip(points, points[1:]))
     sizes = dict((q, n) for q, n, _ in points)
-    assert sizes[5] < 1.5*sizes[0] and sizes[-40] < .7*sizes[0]       # no gap at the low end
+    assert sizes[5] < 1.5*sizes[0] and sizes[-40] < .8*sizes[0]       # no gap at the low end
     for codec in ('avif', 'webp', 'jpeg', 'x265'):
         sizes = [p[1] for p in K.rd_points(f, codec, (0, 25, 50, 75, 100))]
         assert sizes == sorted(set(sizes))
