@@ -11,8 +11,7 @@ import numpy as np
 from binascii import crc_hqx
 from dataclasses import dataclass
 from fractions import Fraction
-from . import entropy
-from .entropy import Decoder, Encoder
+from .entropy import TEXT_MODEL, Decoder, Encoder
 from .errors import CmvcError, BitstreamError
 
 # %% ../nbs/31_header.ipynb #31-006
@@ -186,8 +185,8 @@ def unpack_clip(
     bits:list|None=None, # gets (kind, bits) of each item, if given
 )->ClipContent: # `BitstreamError` if the stream cannot be read
     "Read what `pack_clip` wrote."
-    if h.text_model != (own := getattr(entropy, 'TEXT_MODEL', 1)):
-        raise BitstreamError(f"texts are coded with text model {h.text_model}, this program has {own}: it needs another version of cmvc_nb")
+    if h.text_model != TEXT_MODEL:
+        raise BitstreamError(f"texts are coded with text model {h.text_model}, this program has {TEXT_MODEL}: they need another version of cmvc_nb")
     d = Decoder(payload)
     c = ClipContent(d.text(), d.text(), d.text() if is_last and h.topology == 'pair' else None, d.weights(frames-1) if h.mode == 'it2v' else None)
     names = ['keyframe text', 'motion text'] + ['keyframe text']*(c.last_keyframe_text is not None) + ['weights']
