@@ -41,7 +41,7 @@ def fit_text(
     join = lambda t: ' '.join(filter(None, (t.strip(), after.strip())))
     count = lambda t: len(tokenizer(t, truncation=False, verbose=False).input_ids)
     if count(join(text)) <= limit: return join(text)
-    if after and count(after) > limit//2: after = fit_text(tokenizer, after, limit=limit//2)
+    if text.strip() and count(after) > 2*limit//3: after = fit_text(tokenizer, after, limit=2*limit//3)
     ends = [m.end() for m in re.finditer(r'\S+', text)] or [0]
     lo, hi = 0, len(ends) # the first `lo` words fit
     while lo < hi:
@@ -52,7 +52,7 @@ def fit_text(
         at = [m.end() for m in re.finditer(stop, cut)]
         if at and at[-1] > len(cut)/2: cut = cut[:at[-1]]; break
     cut = cut.rstrip(' ,;')
-    warnings.warn(f"text of {count(text)} tokens, with {count(after)} after it, cut to {count(join(cut))} (the text encoder takes {limit}): …{cut[-40:]!r}", stacklevel=2)
+    warnings.warn(f"text of {count(join(text))} tokens cut to {count(join(cut))} of {limit}: …{cut[-40:]!r}" + (" and the motion" if after else ""), stacklevel=2)
     return join(cut)
 
 def _letters(text, fits):
@@ -116,13 +116,14 @@ class AnimateDiffTT2V:
         share:float=.8,           # common part of the frames' noise, see `step_noise`
         strength:float=1.,        # 1: frames start from pure noise; less: from a blend of the anchors
         clip_guidance:float=None, # guidance of the frames between anchors; None: as the anchors
+        rescale:float=.7,         # how far guidance keeps the spread of the unguided prediction, against garish colours
         max_batch:int=64,         # latents in one UNet call
         chunk:int=8,              # frames in one VAE call
     ):
         if not 0 < strength <= 1 or not 0 <= share <= 1: raise CmvcError(f"strength {strength}, share {share}: expected numbers in (0,1] and [0,1]")
         self.pipe, self.image_unet = pipe, image_unet
         self.context = min(context, pipe.unet.config.motion_max_seq_length)
-        self.share, self.strength, self.clip_guidance, self.max_batch, self.chunk = share, strength, clip_guidance, max_batch, chunk
+        self.share, self.strength, self.clip_guidance, self.rescale, self.max_batch, self.chunk = share, strength, clip_guidance, rescale, max_batch, chunk
         self._anchors = OrderedDict()
 
     @classmethod
@@ -155,12 +156,13 @@ def _schedule(self, steps):
     s = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
     s.set_timesteps(steps); return s
 
-def _guided(unet, x, t, text, empty, scale):
+def _guided(self, unet, x, t, text, empty, scale):
     "The UNet's prediction for latents `x` `(B,C,…)`, its batch doubled where there is guidance."
     dtype = text.dtype
     if scale <= 1: return unet(x.to(dtype), t, encoder_hidden_states=text).sample.float()
     a, b = unet(torch.cat([x, x]).to(dtype), t, encoder_hidden_states=torch.cat([empty.expand_as(text), text])).sample.float().chunk(2)
-    return a + scale*(b - a)
+    v, spread = a + scale*(b - a), lambda y: y.flatten(1).std(1).reshape(-1, *[1]*(y.ndim - 1))
+    return v*(1 - self.rescale + self.rescale*spread(b)/spread(v))
 
 def _pixels(self, z):
     "Latents `(F,C,h,w)` to uint8 frames, `chunk` at a time."
@@ -170,7 +172,7 @@ def _pixels(self, z):
         out.append(((x.clamp(-1, 1) + 1)*127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy())
     return np.concatenate(out)
 
-AnimateDiffTT2V._embed, AnimateDiffTT2V._schedule, AnimateDiffTT2V._pixels = _embed, _schedule, _pixels
+AnimateDiffTT2V._embed, AnimateDiffTT2V._schedule, AnimateDiffTT2V._guided, AnimateDiffTT2V._pixels = _embed, _schedule, _guided, _pixels
 
 # %% ../nbs/50_tt2v.ipynb #50-021
 @torch.inference_mode()
@@ -187,7 +189,7 @@ def anchor(self:AnimateDiffTT2V,
         s, f, dev = self._schedule(steps), self.pipe.vae_scale_factor, self.pipe.device
         x = step_noise(seed, 0, (self.image_unet.config.in_channels, height//f, width//f))[0][None].to(dev)*s.init_noise_sigma
         e, empty = self._embed(fit_text(self.pipe.tokenizer, text)), self._embed('')
-        for t in s.timesteps: x = s.step(_guided(self.image_unet, x, t, e, empty, guidance_scale), t, x).prev_sample
+        for t in s.timesteps: x = s.step(self._guided(self.image_unet, x, t, e, empty, guidance_scale), t, x).prev_sample
         self._anchors[key] = x[0], self._pixels(x)[0]
         while len(self._anchors) > 4: self._anchors.popitem(last=False)
     return self._anchors[key]
@@ -212,7 +214,7 @@ def _sample(self, anchors, texts, frames, seed, steps, scale, progress):
         for group in _batches(wins, self.max_batch//(2 if scale > 1 else 1)):
             i = torch.as_tensor(np.stack(group), device=dev)                   # (B,F)
             text = torch.lerp(e0, e1, s[i].reshape(-1, 1, 1).to(e0.dtype))     # (B·F,L,D)
-            v = _guided(self.pipe.unet, z[i].movedim(1, 2), t, text, empty, scale).movedim(2, 1)
+            v = self._guided(self.pipe.unet, z[i].movedim(1, 2), t, text, empty, scale).movedim(2, 1)
             ramp = torch.minimum(torch.arange(1, i.shape[1] + 1, device=dev), torch.arange(i.shape[1], 0, -1, device=dev))[:, None, None, None].float()
             for j, vj in zip(i, v): out[j] += vj*ramp; weight[j] += ramp
             done += len(group)
