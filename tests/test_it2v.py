@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from cmvc_nb.errors import CmvcError
-from cmvc_nb.it2v import DualLoRAPipeline, blend, denoise, invert, slerp, timeline, to_pixels, to_uint8, uniform_schedule
+from cmvc_nb.it2v import INITS, ROUNDS, DualLoRAPipeline, agreement, blend, denoise, invert, keep, slerp, timeline, to_pixels, to_uint8, uniform_schedule
 from cmvc_nb.lora import attach, lora_layers, lora_weights, split, write_lora
 from dummies import dummy_components, dummy_scheduler, make_dummy_sd, moving_disc
 
@@ -81,7 +81,7 @@ def test_ddim_equals_diffusers():
     "Our two lines against DDIMScheduler.step, on the trailing timeline that both can express."
     sched = dummy_scheduler(timestep_spacing='trailing', set_alpha_to_one=True)
     sched.set_timesteps(10)
-    times = timeline(sched, 10, 1.)
+    times = [-1] + [100*i - 1 for i in range(1, 11)]
     assert sched.timesteps.tolist() == times[:0:-1]
     net = lambda x, t: torch.sin(3*x + t/500)
     x = y = torch.randn(1, 4, 8, 8, dtype=torch.float64)
@@ -93,7 +93,7 @@ def test_dpm_equals_diffusers():
     from diffusers import DPMSolverMultistepScheduler
     ours = dummy_scheduler()
     sched = DPMSolverMultistepScheduler.from_config(ours.config, timestep_spacing='trailing', final_sigmas_type='zero', lower_order_final=True)
-    times = timeline(ours, 20, 1.)
+    times = [-1] + [50*i - 1 for i in range(1, 21)]
     sched.set_timesteps(20)
     assert sched.timesteps.tolist() == times[:0:-1]
     net = lambda x, t: torch.sin(2*x + t/500)
@@ -118,7 +118,19 @@ def test_slerp_keeps_length_and_ends():
     assert slerp([.5], p, p).isfinite().all()
 
 
-@pytest.mark.parametrize('init', ['ddim', 'sdedit', 'slerp'])
+def test_agreement_and_keep():
+    a, b = torch.randn(2, 3, 64, 64)
+    assert agreement(torch.stack([a, a])).min() > .99 and agreement(torch.stack([a, -a])).max() == 0 and agreement(torch.stack([a, b])).mean() < .1
+    mixed = torch.stack([a, torch.cat([a[..., :32], b[..., :32]], -1)])
+    rho = agreement(mixed)[0, 0]
+    assert rho[:, 0].min() > .9 and rho[:, -1].max() < .3                                          # local
+    g = keep(rho[None, None], torch.tensor([1., .9, .5, .1, 1.3]), .6)
+    assert (g[0] == 1).all() and (g[4] == 1).all() and (g[2] <= g[1]).all() and g[2].min() < .5 and g.min() > 0
+    torch.testing.assert_close(g[1], g[3])
+    assert (keep(rho[None, None], torch.tensor([.5]), 0.) == 1).all()                               # no noise: all of it
+
+
+@pytest.mark.parametrize('init', INITS)
 def test_frames_match_a_serial_reference(pipe, loras, init):
     "One batch against the formulas, one frame at a time, LoRAs set by peft's own floats."
     w_i, w_l = np.array([.9, .5, .1]), np.array([1., .3, .2])
@@ -132,14 +144,15 @@ def test_frames_match_a_serial_reference(pipe, loras, init):
         ends = []
         for i, w in enumerate([(1., 0.), (0., 1.)]):
             pipe.unet.set_adapters(['0', '1'], list(w))
-            ends.append(invert(predict, pipe.to_latents(x[i:i+1]), times, pipe.level)[0])
+            ends.append(invert(predict, pipe.to_latents(x[i:i+1]), times, pipe.level, rounds=ROUNDS)[0])
+        r = (x - pipe.to_image(pipe.to_latents(x))).double()
         for f, wi, wl in zip(ours, w_i, w_l):
             pipe.unet.set_adapters(['0', '1'], [wl, 1-wl])
             mixed = wi*x[:1] + (1-wi)*x[1:]
             z = pipe.to_latents(mixed)
             lost, (a, s) = mixed - pipe.to_image(z), pipe.level(times[-1])
-            z = a*z + s*e if init == 'sdedit' else invert(predict, z, times, pipe.level) if init == 'ddim' else slerp([wi], *ends)
-            own = to_uint8(pipe.to_image(denoise(predict, z, times, pipe.level)) + a*lost)[0]
+            z = a*z + s*e if init == 'sdedit' else invert(predict, z, times, pipe.level) if init == 'ddim' else slerp([wi], *ends) if init == 'slerp' else wi*ends[0][None] + (1-wi)*ends[1][None]
+            own = to_uint8(pipe.to_image(denoise(predict, z, times, pipe.level)) + keep(agreement(r), torch.tensor([wi]), s)*lost)[0]
             assert np.abs(own.astype(int) - f).max() <= 1
 
 
@@ -153,7 +166,7 @@ def test_each_input_matters(pipe, loras):
     w = uniform_schedule(3)
     make = lambda w_i=w, w_l=w, prompt='a', loras=loras, **k: pipe(*ENDS, w_i, w_l, prompt, loras, **{**SMALL, 'init': 'sdedit', **k}).frames
     base = make()
-    for other in [make(w_i=w/2), make(w_l=1-w), make(prompt='zebra'), make(loras=None), make(generator=1), make(strength=.8), make(init='ddim')]:
+    for other in [make(w_i=w/2), make(w_l=1-w), make(prompt='zebra'), make(loras=None), make(generator=1), make(strength=.8), make(init='ddim'), make(init='slerp'), make(init='lerp')]:
         assert not np.array_equal(base, other)
     assert np.array_equal(base, make()) and np.array_equal(base, make(generator=torch.Generator().manual_seed(0)))
 
@@ -170,7 +183,7 @@ def test_bytes_of_a_frame_depend_on_its_own_weights_only(pipe, loras):
 def test_evaluations_are_counted_truly(pipe, loras):
     seen = []
     hook = pipe.unet.register_forward_pre_hook(lambda m, a, k: seen.append(len(a[0])), with_kwargs=True)
-    for init, expected in [('ddim', 5*6), ('sdedit', 5*3), ('slerp', 5*3 + 2*3)]:
+    for init, expected in [('ddim', 5*6), ('sdedit', 5*3), ('slerp', 5*3 + 2*3*ROUNDS), ('lerp', 5*3 + 2*3*ROUNDS)]:
         seen.clear()
         out = pipe(*ENDS, frames=5, loras=loras, init=init, **SMALL)
         assert out.evaluations == sum(seen) == expected
