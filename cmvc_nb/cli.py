@@ -15,20 +15,21 @@ import typer
 from .errors import CmvcError
 
 # %% ../nbs/71_cli.ipynb #71-005
+# the command `cmvc`; each function below adds one of its commands
 app = typer.Typer(name='cmvc', no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode='markdown',
                   help='Cross-Modality Video Coding: a video as a few keyframes, words and weights, generated again when it is decoded.')
 
-Mode = Enum('Mode', dict(it2v='it2v', tt2v='tt2v'), type=str)
-Search = Enum('Search', dict(batched='batched', gradient='gradient', none='none'), type=str)
-Select = Enum('Select', dict(cosine='cosine', mse='mse', uniform='uniform', random='random', m3='m3'), type=str)
-Images = Enum('Images', dict(av1='av1', avif='avif', webp='webp', jpeg='jpeg', x265='x265'), type=str)
-Settings = Enum('Settings', dict(preset='preset', paper='paper'), type=str)
+Mode = Enum('Mode', dict(it2v='it2v', tt2v='tt2v'), type=str) # modes of the paper
+Search = Enum('Search', dict(batched='batched', gradient='gradient', none='none'), type=str) # searches of w_i and w_l
+Select = Enum('Select', dict(cosine='cosine', mse='mse', uniform='uniform', random='random', m3='m3'), type=str) # keyframe selections
+Images = Enum('Images', dict(av1='av1', avif='avif', webp='webp', jpeg='jpeg', x265='x265'), type=str) # keyframe codecs
+Settings = Enum('Settings', dict(preset='preset', paper='paper'), type=str) # where LoRA and sampling steps come from
 
-Preset = Annotated[str, typer.Option(help='preset name, YAML file, or folder in diffusers\' layout; `cmvc models` lists them')]
-Device = Annotated[Optional[str], typer.Option(help='cpu, cuda, cuda:1, mps; chosen if not given')]
-Dtype = Annotated[Optional[str], typer.Option(help='float32, bfloat16, float16; chosen if not given')]
-Json = Annotated[bool, typer.Option('--json', help='print the result as JSON on standard output')]
-Quiet = Annotated[bool, typer.Option('--quiet', '-q', help='no progress bars')]
+Preset = Annotated[str, typer.Option(help='preset name, YAML file, or folder in diffusers\' layout; `cmvc models` lists them')] # the option --preset
+Device = Annotated[Optional[str], typer.Option(help='cpu, cuda, cuda:1, mps; chosen if not given')] # the option --device
+Dtype = Annotated[Optional[str], typer.Option(help='float32, bfloat16, float16; chosen if not given')] # the option --dtype
+Json = Annotated[bool, typer.Option('--json', help='print the result as JSON on standard output')] # the option --json
+Quiet = Annotated[bool, typer.Option('--quiet', '-q', help='no progress bars')] # the option --quiet
 
 # %% ../nbs/71_cli.ipynb #71-007
 class Bars:
@@ -185,8 +186,16 @@ def demo(
         t2 = time.time(); rows[mode.upper()] = read_video(output/f'{mode}.mp4')[0]
         print(f"\n{mode.upper()}: {file} has {len(e.data):,} bytes for {d.count} frames; encoded in {t1-t0:.0f} s, decoded in {t2-t1:.0f} s")
         Console().print(_rate_panel(e.rate))
-    sheet = output/'contact_sheet.png'; Image.fromarray(contact_sheet(rows)).save(sheet)
-    print(f"\ndecoded videos: {output/'it2v.mp4'}, {output/'tt2v.mp4'}\ncontact sheet (rows: source, IT2V, TT2V): {sheet}")
+    sheet, moving = output/'contact_sheet.png', output/'side_by_side.webp'
+    Image.fromarray(contact_sheet(rows)).save(sheet); _moving(rows, moving)
+    print(f"\ndecoded videos: {output/'it2v.mp4'}, {output/'tt2v.mp4'}\nmoving picture (source, IT2V, TT2V): {moving}\ncontact sheet (rows: source, IT2V, TT2V): {sheet}")
+
+def _moving(rows, path, width=256):
+    from PIL import Image
+    ims = [[Image.fromarray(f).resize((width, round(width*f.shape[0]/f.shape[1]))) for f in r] for r in rows.values()]
+    out = [Image.new('RGB', (width*len(ims), ims[0][0].height)) for _ in ims[0]]
+    for t, o in enumerate(out): [o.paste(r[t], (width*i, 0)) for i, r in enumerate(ims)]
+    out[0].save(path, save_all=True, append_images=out[1:], duration=60, loop=0, quality=55, method=6)
 
 def _source(clip, frames):
     from cmvc_nb.video import read_video

@@ -15,7 +15,7 @@ import cv2, numpy as np, torch, torch.nn.functional as F
 from .representation import describe_keyframe, motion_sentence
 from .world import camera, picture, video
 
-# %% ../nbs/91_training.ipynb #91-005
+# %% ../nbs/91_training.ipynb #91-006
 LATENT = 8 # channels of the latent
 
 def make_vae():
@@ -50,8 +50,8 @@ def set_pca(
     mean, std = x.mean((0, 2, 3)), x.std((0, 2, 3))
     for i in range(LATENT): convs[4].weight[i, i, 1, 1] = 1/std[i]; convs[4].bias[i] = -mean[i]/std[i]
 
-# %% ../nbs/91_training.ipynb #91-009
-WIDTHS, TEXT, TOKENS = (48, 96, 160), 128, 77
+# %% ../nbs/91_training.ipynb #91-010
+WIDTHS, TEXT, TOKENS = (48, 96, 160), 128, 77 # channels of the UNet's levels, of a text embedding, and tokens of a text
 
 def make_unet():
     "An untrained UNet2DConditionModel of 7 M parameters for 32 x 32 latents."
@@ -82,7 +82,7 @@ def make_motion(unet):
         if 'proj_out' in n: torch.nn.init.zeros_(p)
     return UNetMotionModel.from_unet2d(unet, a)
 
-# %% ../nbs/91_training.ipynb #91-012
+# %% ../nbs/91_training.ipynb #91-013
 def make_tokenizer(texts:list, folder:Path, size:int=1400):
     "Train a CLIP byte-pair tokenizer on `texts` and save it to `folder` in the published layout."
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -102,7 +102,7 @@ def make_tokenizer(texts:list, folder:Path, size:int=1400):
     (folder/'special_tokens_map.json').write_text(json.dumps(sp, indent=1))
     return CLIPTokenizer.from_pretrained(folder)
 
-# %% ../nbs/91_training.ipynb #91-014
+# %% ../nbs/91_training.ipynb #91-015
 @torch.no_grad()
 def linear_encoder(vae):
     "The encoder as one matrix on 8 x 8 blocks `(192,LATENT)` and a bias: what its convolutions amount to, forty times faster."
@@ -130,10 +130,10 @@ def load(path:Path)->dict:
     d = load_file(path); d['text'] = json.loads(path.with_suffix('.json').read_text())[:len(d['z'])]
     return d
 
-def data_part(out:Path, n:int=30000, seed:int=0, **kw):
+def data_part(out:Path, n:int=16000, seed:int=0, pca:int=600, **kw):
     "Draw the pictures: `vae/` with its PCA and `pictures.safetensors` (latents at 256 and 128 pixels, captions, 64-pixel thumbnails)."
     rng = np.random.default_rng(seed)
-    vae = make_vae(); set_pca(vae, torch.tensor(np.stack([camera(rng, picture(rng)[None])[0] for _ in range(600)])).permute(0, 3, 1, 2)/255)
+    vae = make_vae(); set_pca(vae, torch.tensor(np.stack([camera(rng, picture(rng)[None])[0] for _ in range(pca)])).permute(0, 3, 1, 2)/255)
     vae.save_pretrained(out/'vae'); lin = linear_encoder(vae)
     d = dict(z=[], half=[], thumb=[], text=[])
     for i in range(0, n, 40):
@@ -143,7 +143,7 @@ def data_part(out:Path, n:int=30000, seed:int=0, **kw):
         d['text'] += [(describe_keyframe(f), describe_keyframe(f, int(rng.choice([90, 150, 220, 300])))) for f in ims]
         if (i//40) % 50 == 49 or i+40 >= n: print(i+40, 'pictures', flush=True); save({k: v if k == 'text' else torch.cat(v) for k, v in d.items()}, out/'pictures.safetensors')
 
-def videos_part(out:Path, n:int=2500, seed:int=0, **kw):
+def videos_part(out:Path, n:int=1500, seed:int=0, **kw):
     "Draw the videos: `videos.safetensors` (latents of 16 frames, first and last caption, motion caption)."
     from diffusers import AutoencoderTiny
     rng, lin, d = np.random.default_rng(seed+1), linear_encoder(AutoencoderTiny.from_pretrained(out/'vae')), dict(z=[], half=[], text=[])
@@ -152,7 +152,7 @@ def videos_part(out:Path, n:int=2500, seed:int=0, **kw):
         d['z'].append(encode(lin, v)); d['half'].append(encode(lin, v, 128)); d['text'].append((describe_keyframe(v[0]), describe_keyframe(v[-1]), motion_sentence(m)))
         if i % 100 == 99: print(i+1, 'videos', flush=True); save(dict(z=torch.stack(d['z']), half=torch.stack(d['half']), text=d['text']), out/'videos.safetensors')
 
-# %% ../nbs/91_training.ipynb #91-016
+# %% ../nbs/91_training.ipynb #91-017
 class Loop:
     "Train `model` by the clock: AdamW, cosine rate over `minutes`, moving average, checkpoints in `folder`."
     def __init__(self, model, folder:Path, name:str, minutes:float, lr:float, resume:bool=False, decay:float=.999, warm:int=100):
@@ -167,6 +167,7 @@ class Loop:
         self.model.load_state_dict(load_file(self.path)); meta = json.loads(self.path.with_suffix('.json').read_text())
         self.curve, self.spent, self.step = meta['curve'], meta['spent'], meta['step']
     def checkpoint(self):
+        "Write weights and curve."
         from safetensors.torch import save_file
         save_file({k: v.detach().clone().contiguous() for k, v in self.model.state_dict().items()}, self.path)
         self.path.with_suffix('.json').write_text(json.dumps(dict(curve=self.curve, spent=self.spent, step=self.step)))
@@ -193,7 +194,7 @@ def half_precision(device):
     "Autocast to bfloat16: on a recent CPU a step of the denoiser takes 0.6 of the time, on a GPU less."
     return torch.autocast(torch.device(device).type, torch.bfloat16)
 
-# %% ../nbs/91_training.ipynb #91-018
+# %% ../nbs/91_training.ipynb #91-019
 def vae_part(out:Path, minutes:float=20, resume=False, device='cpu', seed:int=0, **kw):
     "Train the VAE's decoder."
     from diffusers import AutoencoderTiny
@@ -210,7 +211,7 @@ def vae_part(out:Path, minutes:float=20, resume=False, device='cpu', seed:int=0,
         loop.update(F.mse_loss(y.float(), x)*10)
     vae.save_pretrained(out/'vae')
 
-# %% ../nbs/91_training.ipynb #91-020
+# %% ../nbs/91_training.ipynb #91-021
 class Painter(torch.nn.Module):
     "Text encoder plus a head that paints an 8 x 8 thumbnail."
     def __init__(self, text_encoder):
@@ -219,6 +220,7 @@ class Painter(torch.nn.Module):
         self.layers = torch.nn.ModuleList(torch.nn.TransformerDecoderLayer(TEXT, 4, 2*TEXT, 0., batch_first=True, norm_first=True) for _ in range(2))
         self.out = torch.nn.Linear(TEXT, 3)
     def forward(self, ids):
+        "Token ids `(B,L)` to colours `(B,64,3)` in [-1,1]."
         h, x = self.text_encoder(ids).last_hidden_state, self.cells.expand(len(ids), -1, -1)
         for l in self.layers: x = l(x, h)
         return self.out(x)
@@ -246,7 +248,7 @@ def text_part(out:Path, minutes:float=8, resume=False, device='cpu', seed:int=0,
         loop.update(F.mse_loss(y.float(), thumb[i].to(device)))
     te.save_pretrained(out/'text_encoder')
 
-# %% ../nbs/91_training.ipynb #91-022
+# %% ../nbs/91_training.ipynb #91-023
 def velocity_loss(unet, sched, z, ctx, noise, t, weight=None):
     "Mean squared error of the predicted velocity at timesteps `t`."
     if z.ndim == 4: noisy, v = sched.add_noise(z, noise, t), sched.get_velocity(z, noise, t)
@@ -275,7 +277,7 @@ def unet_part(out:Path, minutes:float=45, resume=False, device='cpu', seed:int=0
         loop.update(velocity_loss(both.unet, sched, z, ctx, noise, t))
     both.unet.save_pretrained(out/'unet'); both.text.save_pretrained(out/'text_encoder'); sched.save_pretrained(out/'scheduler')
 
-# %% ../nbs/91_training.ipynb #91-024
+# %% ../nbs/91_training.ipynb #91-025
 def motion_part(out:Path, minutes:float=25, resume=False, device='cpu', seed:int=0, half:float=.7, **kw):
     "Train the motion modules on drawn videos."
     from diffusers import UNet2DConditionModel
@@ -295,7 +297,8 @@ def motion_part(out:Path, minutes:float=25, resume=False, device='cpu', seed:int
         loop.update(velocity_loss(unet, sched, z, e[:1]*(1-s) + e[1:]*s, (rho**.5*one + (1-rho)**.5*each).to(device), t))
     unet.save_motion_modules(out/'motion_adapter')
 
-# %% ../nbs/91_training.ipynb #91-026
+# %% ../nbs/91_training.ipynb #91-027
+# open_clip's configuration file
 CLIP = dict(model_cfg=dict(embed_dim=128, vision_cfg=dict(image_size=64, layers=4, width=128, head_width=32, patch_size=8),
                            text_cfg=dict(context_length=TOKENS, vocab_size=None, width=128, heads=4, layers=2, hf_tokenizer_name='local')),
             preprocess_cfg=dict(mean=[.5]*3, std=[.5]*3, interpolation='bicubic', resize_mode='squash'))
@@ -321,7 +324,7 @@ def clip_part(out:Path, minutes:float=12, resume=False, device='cpu', seed:int=0
     (out/'clip/open_clip_config.json').write_text(json.dumps(cfg, indent=1))
     for f in (out/'tokenizer').iterdir(): shutil.copy(f, out/'clip')
 
-# %% ../nbs/91_training.ipynb #91-028
+# %% ../nbs/91_training.ipynb #91-029
 def ship_part(out:Path, to:Path=None, **kw):
     "Write the preset: fp16 safetensors in the published layouts."
     import shutil
@@ -340,6 +343,7 @@ def ship_part(out:Path, to:Path=None, **kw):
     thin = lambda c: [round(float(np.mean(a)), 5) for a in np.array_split(c, min(100, len(c)))]
     (to/'training.json').write_text(json.dumps({p: dict(steps=c['step'], minutes=round(c['spent']/60, 1), curve=thin(c['curve'])) for p, c in curves.items()}))
 
+# what the command can train, in order
 PARTS = dict(data=data_part, videos=videos_part, vae=vae_part, text=text_part, unet=unet_part, motion=motion_part, clip=clip_part, ship=ship_part)
 
 def main(argv=None):
