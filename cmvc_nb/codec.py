@@ -18,7 +18,7 @@ from .keyframes import CODECS, decode_group, encode_group, psnr
 from .selection import METHODS, frame_features, select_keyframes
 from .video import Geometry, Video, VideoWriter
 
-# %% ../nbs/70_codec.ipynb #70-005
+# %% ../nbs/70_codec.ipynb #70-006
 class Player:
     "Makes the frames of a clip from its representation, alike in encoder and decoder (eq. 3)."
     def __init__(self, models, header:Header, n_clips:int, group, clip):
@@ -69,7 +69,7 @@ class Player:
         mid = self.models.it2v(a, b, w[:, 0], w[:, 1], self.motion(j), self.loras(j), **self.sampling()).frames
         return np.concatenate([a[None], mid, b[None]])
 
-# %% ../nbs/70_codec.ipynb #70-007
+# %% ../nbs/70_codec.ipynb #70-008
 @dataclass
 class Encoded:
     "What `Codec.encode` made."
@@ -101,7 +101,7 @@ def _unwritable(path):
     if not path.absolute().parent.is_dir(): return f"{path}: the folder {path.absolute().parent} does not exist"
     if not os.access(path.absolute().parent, os.W_OK): return f"{path}: the folder is not writable"
 
-# %% ../nbs/70_codec.ipynb #70-008
+# %% ../nbs/70_codec.ipynb #70-009
 class _Encoder(Player):
     "An encoder at work on one video: fills in groups and clips, and plays them to score weights."
     def __init__(self, models, header, keys, opts, tell):
@@ -147,7 +147,7 @@ class _Encoder(Player):
         ks = {k for first in (j//2*2, (j+1)//2*2) for k in (first, first+1) if k <= self.n_clips}
         return all(k//self.header.group_size in self.decoded and min(k, self.n_clips-1) in self.contents for k in ks)
 
-# %% ../nbs/70_codec.ipynb #70-010
+# %% ../nbs/70_codec.ipynb #70-011
 class Codec:
     "Cross-modality video codec: `encode` to a `.cmvc` file, `decode` it again."
     def __init__(self, models): self.models = models
@@ -230,7 +230,7 @@ class Codec:
             if t == keys[-1]: break
         if j != len(keys)-1: raise CmvcError(f"the video gave {keys[-1]+1} frames at first and fewer the second time: is the file changing?")
 
-# %% ../nbs/70_codec.ipynb #70-012
+# %% ../nbs/70_codec.ipynb #70-013
 @dataclass
 class Decoded:
     "What `Codec.decode` made."
