@@ -15,6 +15,7 @@ import numpy as np, yaml
 from .errors import CmvcError
 
 # %% ../nbs/40_models.ipynb #40-005
+# the folder of the presets that come with this package
 PRESETS = Path(__file__).parent/'presets' if '__file__' in globals() else Path('../cmvc_nb/presets').resolve()
 
 @dataclass
