@@ -196,7 +196,7 @@ def anchor(self:AnimateDiffTT2V,
 
 AnimateDiffTT2V.anchor = anchor
 
-# %% ../nbs/50_tt2v.ipynb #50-024
+# %% ../nbs/50_tt2v.ipynb #50-025
 @torch.inference_mode()
 def _sample(self, anchors, texts, frames, seed, steps, scale, progress):
     "Latents `(frames,C,h,w)` of a clip, not yet straightened."
@@ -230,7 +230,7 @@ def _batches(wins, most):
         else: out.append([w])
     return out
 
-# %% ../nbs/50_tt2v.ipynb #50-026
+# %% ../nbs/50_tt2v.ipynb #50-027
 def check_request(keyframe_texts, motion_text, num_frames, height, width, steps, multiple=8):
     "Raise `CmvcError` for what no generator can make."
     if len(keyframe_texts) != 2 or not all(isinstance(t, str) for t in (*keyframe_texts, motion_text)): raise CmvcError('expected two keyframe texts and one motion text')
@@ -255,14 +255,14 @@ def generate(self, keyframe_texts, motion_text, num_frames, height=256, width=25
 
 AnimateDiffTT2V._sample, AnimateDiffTT2V.generate = _sample, generate
 
-# %% ../nbs/50_tt2v.ipynb #50-029
+# %% ../nbs/50_tt2v.ipynb #50-030
 def frame_steps(
     frames:np.ndarray, # uint8 `(T,H,W,3)`
 )->np.ndarray: # float `(T-1,)`, mean absolute difference of each frame to the one before
     "How much each frame changes."
     return np.array([np.abs(b.astype(np.int16) - a).mean() for a, b in zip(frames, frames[1:])])
 
-# %% ../nbs/50_tt2v.ipynb #50-032
+# %% ../nbs/50_tt2v.ipynb #50-036
 class PromptPipeline:
     "Any diffusers text-to-video pipeline that takes a prompt, as a `TextToVideo`."
     def __init__(self,
