@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROUNDS', 'INITS', 'uniform_schedule', 'to_pixels', 'to_uint8', 'blend', 'timeline', 'denoise', 'invert', 'slerp',
-           'agreement', 'keep', 'DualLoRAPipeline', 'fit', 'Clip', 'clip', 'It2vOutput']
+           'likeness', 'shares', 'DualLoRAPipeline', 'fit', 'Clip', 'clip', 'It2vOutput']
 
 # %% ../nbs/61_it2v.ipynb #61-002
 import hashlib
@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from .errors import CmvcError
 from .lora import _levels, attach, deterministic, fit_keyframes, lora_weights, split, write_lora
 
-# %% ../nbs/61_it2v.ipynb #61-005
+# %% ../nbs/61_it2v.ipynb #61-006
 def uniform_schedule(
     n:int, # frames between two keyframes that are n+1 frames apart
 )->np.ndarray: # (n,) float64: 1 − t/(n+1) for t = 1..n, the weight of I_0
@@ -58,7 +58,7 @@ def blend(
     w = w.to(torch.promote_types(w.dtype, x0.dtype)).to(x0.dtype)[:, None, None, None]
     return w*x0 + (1-w)*x1
 
-# %% ../nbs/61_it2v.ipynb #61-008
+# %% ../nbs/61_it2v.ipynb #61-009
 def timeline(
     scheduler,      # anything with alphas_cumprod
     steps:int,      # steps of the whole schedule
@@ -70,7 +70,7 @@ def timeline(
     k = min(max(round(steps*strength), 1), round(strength*T)) if strength else 0
     return [-1] + [max(i, round(strength*T*(i/k)**2)) - 1 for i in range(1, k+1)]
 
-# %% ../nbs/61_it2v.ipynb #61-010
+# %% ../nbs/61_it2v.ipynb #61-011
 def denoise(
     predict,    # (x, t) → (z, e), the UNet's picture and noise
     x,          # (B,C,h,w) at level times[-1]
@@ -92,7 +92,7 @@ def denoise(
         x = b*z + r*e
     return x
 
-# %% ../nbs/61_it2v.ipynb #61-012
+# %% ../nbs/61_it2v.ipynb #61-013
 def invert(
     predict, x, # as for `denoise`; x is clean
     times, level,
@@ -110,7 +110,7 @@ def invert(
         x = guess
     return x
 
-# %% ../nbs/61_it2v.ipynb #61-014
+# %% ../nbs/61_it2v.ipynb #61-015
 def slerp(
     w,      # (F,) weights of x0
     x0, x1, # (C,h,w), used in fp64
@@ -121,35 +121,37 @@ def slerp(
     angle = torch.acos(((p*q).sum()/(p.norm()*q.norm())).clamp(-1+1e-7, 1-1e-7))
     return (((f*angle).sin()*p + ((1-f)*angle).sin()*q)/angle.sin()).to(x0.dtype)
 
-# %% ../nbs/61_it2v.ipynb #61-017
-def agreement(
-    lost,        # (2,3,H,W) what the VAE loses on each keyframe
+# %% ../nbs/61_it2v.ipynb #61-018
+def likeness(
+    pair,          # (2,3,H,W) the same thing of both keyframes
     window:int=33, # pixels of the neighbourhood
-):               # (1,1,H,W) in [0,1]
-    "Local correlation ρ of both keyframes' lost detail."
+):                 # (1,1,H,W) in [0,1]
+    "Local correlation of two pictures: 2·cov/(var+var), negative as 0."
     near = lambda v: F.avg_pool2d(F.pad(v.mean(0, keepdim=True)[None], (window//2,)*4, mode='replicate'), window, 1)
-    return (near(lost[0]*lost[1])/(near((lost[0]**2 + lost[1]**2)/2) + 1e-4)).clamp(0, 1)
+    (a, b), mean = pair, [near(v) for v in pair]
+    return ((near(a*b) - mean[0]*mean[1])/((near(a**2) - mean[0]**2 + near(b**2) - mean[1]**2)/2 + 1e-4)).clamp(0, 1)
 
-def keep(
-    rho,  # (1,1,H,W) from `agreement`
-    w,    # (B,) weights of image 0
-    sigma, # √(1−ᾱ) of the strongest noise
-):        # (B,1,H,W) in [0,1]
-    "γ: how much of the lost detail to give back."
-    c = (w*(1-w)).clamp(min=0)[:, None, None, None]
-    return ((rho + 1e-6)/(rho + 1e-6 + c*(1-rho)))**sigma
+def shares(
+    rho, tau,    # (1,1,H,W): likeness of the keyframes' lost detail, and of what is kept
+    w,           # (B,) weights of image 0
+    sigma,       # √(1−ᾱ) of the strongest noise
+    top:float,   # the largest share of the generated picture
+)->tuple:        # γ (B,1,H,W) share of the lost detail, m (1,1,H,W) share of the generated picture
+    "How much detail to give back, and how much to generate, at each pixel."
+    c = (w*(1-w)).clamp(min=0)[:, None, None, None]         # beside a keyframe its detail is right
+    return 1/(1 + 2*sigma*c*(1-tau)*(1-rho)/(rho + .02)), top*(1 - rho*tau)
 
-# %% ../nbs/61_it2v.ipynb #61-019
+# %% ../nbs/61_it2v.ipynb #61-021
 class DualLoRAPipeline(DiffusionPipeline):
     "Keyframe images and a motion text to the frames between them (IT2V), for any checkpoint in Stable Diffusion's layout."
     model_cpu_offload_seq = 'text_encoder->unet->vae'
 
     def __init__(self, vae, text_encoder, tokenizer, unet, scheduler, # AutoencoderTiny or AutoencoderKL, CLIPTextModel, CLIPTokenizer, UNet2DConditionModel, anything with alphas_cumprod
                  lora_rank:int=4, lora_lr:float=3e-3, lora_draws:int=1,   # of `fit_loras`
-                 init:str='lerp', solver:str='ddim', batch_size:int=8):   # defaults of `__call__`
+                 init:str='lerp', solver:str='ddim', share:float=.5, batch_size:int=8):   # defaults of `__call__`
         super().__init__()
         self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
-        self.register_to_config(lora_rank=lora_rank, lora_lr=lora_lr, lora_draws=lora_draws, init=init, solver=solver, batch_size=batch_size)
+        self.register_to_config(lora_rank=lora_rank, lora_lr=lora_lr, lora_draws=lora_draws, init=init, solver=solver, share=share, batch_size=batch_size)
         if not hasattr(scheduler, 'alphas_cumprod'): raise CmvcError(f'{type(scheduler).__name__} has no alphas_cumprod: use a DDIM-like scheduler')
         if unet.config.in_channels != unet.config.out_channels:
             raise CmvcError(f'a UNet with {unet.config.in_channels} channels in and {unet.config.out_channels} out is not a text-to-image model')
@@ -178,7 +180,7 @@ class DualLoRAPipeline(DiffusionPipeline):
         c = self.vae.config
         return self.vae.decode((z/c.scaling_factor + (getattr(c, 'shift_factor', None) or 0)).to(self.vae.dtype)).sample.float()
 
-# %% ../nbs/61_it2v.ipynb #61-021
+# %% ../nbs/61_it2v.ipynb #61-023
 @torch.no_grad()
 def fit(
     self:DualLoRAPipeline,
@@ -207,7 +209,7 @@ def fit(
 
 DualLoRAPipeline.fit = fit
 
-# %% ../nbs/61_it2v.ipynb #61-023
+# %% ../nbs/61_it2v.ipynb #61-025
 ROUNDS = 3 # evaluations a step when inverting keyframes: two pictures a clip, so exactness is cheap
 INITS = ('lerp', 'slerp', 'ddim', 'sdedit')
 
@@ -223,7 +225,7 @@ class Clip:
     solver:str          # 'ddim' or 'dpm++'
     dual:bool           # LoRAs are attached
     batch_size:int      # frames a UNet call
-    rho:torch.Tensor=None # (1,1,H,W) from `agreement`
+    alike:tuple=None    # ρ and τ (1,1,H,W), from `likeness`
     ends:torch.Tensor=None # (2,C,h,w) both keyframes' noise, for 'lerp' and 'slerp'
     evaluations:int=0   # rows that went through the UNet so far
 
@@ -249,8 +251,9 @@ class Clip:
         x = blend(w_i, *self.x)
         z = pipe.to_latents(x)
         if len(self.times) == 1: return x # strength 0: nothing is generated
-        # 2. what the VAE alone would lose, to be given back
-        lost = x - pipe.to_image(z)
+        # 2. what the VAE keeps of it, and what it loses
+        kept = pipe.to_image(z)
+        lost = x - kept
         # 3. to noise
         a, s = level(self.times[-1])
         if self.init == 'sdedit': z = a*z + s*self.noise
@@ -258,8 +261,9 @@ class Clip:
         else: z = (slerp if self.init == 'slerp' else blend)(w_i, *self.ends)
         # 4. denoise under the mixture of LoRAs (eq. 6)
         z = denoise(predict, z, self.times, level, self.solver)
-        # 5. decode, with the lost detail that both keyframes agree upon
-        return pipe.to_image(z) + keep(self.rho, w_i, s)*lost
+        # 5. decode, and mix by how alike the keyframes are
+        gamma, m = shares(*self.alike, w_i, s, pipe.config.share)
+        return kept + m*(pipe.to_image(z) - kept) + gamma*lost
 
     @torch.no_grad()
     def frames(self, w_i, w_l):
@@ -268,7 +272,7 @@ class Clip:
         if not len(w_i): return np.zeros((0, *self.x.shape[2:], 3), np.uint8)
         return np.concatenate([to_uint8(self.batch(*p)) for p in zip(w_i.split(self.batch_size), w_l.split(self.batch_size))])
 
-# %% ../nbs/61_it2v.ipynb #61-025
+# %% ../nbs/61_it2v.ipynb #61-027
 @contextmanager
 def clip(
     self:DualLoRAPipeline,
@@ -295,14 +299,15 @@ def clip(
     # 2. text, keyframe latents, one noise for all frames
     with torch.no_grad():
         text, z = self.encode_prompt(prompt), self.to_latents(x)
-        rho = agreement(x - self.to_image(z))
+        kept = self.to_image(z)
+        alike = likeness(x - kept), likeness(kept)
     if not isinstance(generator, torch.Generator): generator = torch.Generator('cpu').manual_seed(generator or 0)
     noise = torch.randn((1, *z.shape[1:]), generator=generator).to(z)
     # 3. LoRAs
     with deterministic(), attach(self.unet, '01', self.lora_rank_of(loras)) if loras else nullcontext():
         for n, state in zip('01', loras or ()): write_lora(self.unet, n, state)
         self.unet.requires_grad_(False)
-        out = Clip(self, x, text, times, noise, init, solver, bool(loras), batch_size, rho)
+        out = Clip(self, x, text, times, noise, init, solver, bool(loras), batch_size, alike)
         if init in ('lerp', 'slerp'): # 4. both keyframes to noise, each under its own LoRA, in one batch
             with torch.no_grad(): out.ends = invert(out.predictor(torch.tensor([1., 0.])), z, times, out.level, rounds=ROUNDS)
         yield out
@@ -310,7 +315,7 @@ def clip(
 DualLoRAPipeline.clip = clip
 DualLoRAPipeline.lora_rank_of = staticmethod(lambda loras: len(next(v for k, v in loras[0].items() if 'lora_A' in k)))
 
-# %% ../nbs/61_it2v.ipynb #61-027
+# %% ../nbs/61_it2v.ipynb #61-029
 @dataclass
 class It2vOutput(BaseOutput):
     "Frames between the keyframes, and how many rows went through the UNet to make them."

@@ -16,7 +16,7 @@ from .entropy import LEVELS, STEPS, Encoder, dequantise_weights, quantise_weight
 from .errors import CmvcError, need
 from .it2v import blend, to_pixels, to_uint8, uniform_schedule
 
-# %% ../nbs/62_search.ipynb #62-006
+# %% ../nbs/62_search.ipynb #62-007
 def mse(
     a, b, # uint8 (F,H,W,3)
 )->np.ndarray: # (F,) float64, on the scale 0..255²
@@ -39,7 +39,7 @@ def blends(
     "The frames of eq. 5, rounded as the pipeline rounds."
     return np.concatenate([to_uint8(blend(v[None], to_pixels(image_0), to_pixels(image_1))) for v in np.asarray(w, np.float64)])
 
-# %% ../nbs/62_search.ipynb #62-009
+# %% ../nbs/62_search.ipynb #62-010
 def step_bits(d)->np.ndarray: # array of int differences → bits
     "About what the adaptive coder charges for a change of `d` steps."
     return 1 + 2*np.log2(1 + np.abs(d))
@@ -66,7 +66,7 @@ def true_bits(q)->float: # (F,2) ints
     e.weights(q, LEVELS)
     return sum(b for _, b in e.bits)
 
-# %% ../nbs/62_search.ipynb #62-012
+# %% ../nbs/62_search.ipynb #62-013
 def paraboloid(
     target, base, # uint8 (F,H,W,3): true frames, frames at the weights now
     moves,        # for w_i and for w_l: (frames before, frames after, (F,) steps between them), or None if it does nothing
@@ -98,7 +98,7 @@ def descend(
         q[:, j] = k[trellis(cost, grid[..., j], price)]
     return q
 
-# %% ../nbs/62_search.ipynb #62-014
+# %% ../nbs/62_search.ipynb #62-015
 @dataclass
 class Found:
     "Weights for one clip and the frames they make."
@@ -145,7 +145,7 @@ def batched(
     if e.sum() + price*errors[0].mean()*true_bits(q) >= errors[0].sum(): q, frames, e = zero, shown[0], errors[0]
     return Found(q, dequantise_weights(q, uniform), frames, e, c.evaluations - before, history)
 
-# %% ../nbs/62_search.ipynb #62-016
+# %% ../nbs/62_search.ipynb #62-017
 def gradient(
     c, target,           # `Clip`, open; uint8 (F,H,W,3)
     steps:int=20,        # descent steps: each is a forward and a backward pass of every frame
@@ -171,7 +171,7 @@ def gradient(
     frames = c.frames(*dequantise_weights(q, uniform).T)
     return Found(q, dequantise_weights(q, uniform), frames, mse(frames, target), c.evaluations - before, history)
 
-# %% ../nbs/62_search.ipynb #62-018
+# %% ../nbs/62_search.ipynb #62-019
 def search_weights(
     pipe,             # DualLoRAPipeline
     target,           # uint8 (F,H,W,3) true frames between the keyframes
@@ -191,7 +191,7 @@ def search_weights(
     with pipe.clip(image_0, image_1, prompt, loras, **options) as c:
         return (batched if method == 'batched' else gradient)(c, target, **(search or {}))
 
-# %% ../nbs/62_search.ipynb #62-022
+# %% ../nbs/62_search.ipynb #62-023
 def ms_ssim(
     a, b, # uint8 (F,H,W,3), at least 176 pixels each way
 )->float: # 1 is identical
@@ -227,7 +227,7 @@ def ablate(
     full('(c) without motion text', prompt='', loras=bare and (bare[0], bare[1]))
     return rows
 
-# %% ../nbs/62_search.ipynb #62-025
+# %% ../nbs/62_search.ipynb #62-026
 def weights_grid(
     c,                # `Clip`, open
     w_i, w_l,         # lists of weights

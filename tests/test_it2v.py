@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from cmvc_nb.errors import CmvcError
-from cmvc_nb.it2v import INITS, ROUNDS, DualLoRAPipeline, agreement, blend, denoise, invert, keep, slerp, timeline, to_pixels, to_uint8, uniform_schedule
+from cmvc_nb.it2v import INITS, ROUNDS, DualLoRAPipeline, blend, denoise, invert, likeness, shares, slerp, timeline, to_pixels, to_uint8, uniform_schedule
 from cmvc_nb.lora import attach, lora_layers, lora_weights, split, write_lora
 from dummies import dummy_components, dummy_scheduler, make_dummy_sd, moving_disc
 
@@ -118,16 +118,19 @@ def test_slerp_keeps_length_and_ends():
     assert slerp([.5], p, p).isfinite().all()
 
 
-def test_agreement_and_keep():
+def test_likeness_and_shares():
     a, b = torch.randn(2, 3, 64, 64)
-    assert agreement(torch.stack([a, a])).min() > .99 and agreement(torch.stack([a, -a])).max() == 0 and agreement(torch.stack([a, b])).mean() < .1
-    mixed = torch.stack([a, torch.cat([a[..., :32], b[..., :32]], -1)])
-    rho = agreement(mixed)[0, 0]
-    assert rho[:, 0].min() > .9 and rho[:, -1].max() < .3                                          # local
-    g = keep(rho[None, None], torch.tensor([1., .9, .5, .1, 1.3]), .6)
-    assert (g[0] == 1).all() and (g[4] == 1).all() and (g[2] <= g[1]).all() and g[2].min() < .5 and g.min() > 0
-    torch.testing.assert_close(g[1], g[3])
-    assert (keep(rho[None, None], torch.tensor([.5]), 0.) == 1).all()                               # no noise: all of it
+    assert likeness(torch.stack([a, a])).min() > .99 and likeness(torch.stack([a, -a])).max() == 0 and likeness(torch.stack([a, b])).mean() < .1
+    assert likeness(torch.stack([a, a + 5])).min() > .99                                           # of structure, not of brightness
+    rho = likeness(torch.stack([a, torch.cat([a[..., :32], b[..., :32]], -1)]))
+    assert rho[..., 0].min() > .9 and rho[..., -1].max() < .3                                      # local
+    w = torch.tensor([1., .9, .5, .1, 1.3])
+    gamma, m = shares(rho, rho, w, .6, .5)
+    assert (gamma[[0, 4]] == 1).all() and (gamma[2] <= gamma[1]).all() and gamma[2].min() < .5 and gamma.min() > 0
+    torch.testing.assert_close(gamma[1], gamma[3])
+    assert m.min() >= 0 and m.max() <= .5 and m[..., -1].min() > .4 and m[..., 0].max() < .1
+    assert (shares(rho, rho, w, 0., .5)[0] == 1).all()                                              # no noise: all the detail
+    assert (shares(rho, torch.ones_like(rho), w, .6, .5)[0] == 1).all()                             # alike in what is kept: all the detail
 
 
 @pytest.mark.parametrize('init', INITS)
@@ -145,14 +148,16 @@ def test_frames_match_a_serial_reference(pipe, loras, init):
         for i, w in enumerate([(1., 0.), (0., 1.)]):
             pipe.unet.set_adapters(['0', '1'], list(w))
             ends.append(invert(predict, pipe.to_latents(x[i:i+1]), times, pipe.level, rounds=ROUNDS)[0])
-        r = (x - pipe.to_image(pipe.to_latents(x))).double()
+        kept = pipe.to_image(pipe.to_latents(x))
+        alike = likeness(x - kept), likeness(kept)
         for f, wi, wl in zip(ours, w_i, w_l):
             pipe.unet.set_adapters(['0', '1'], [wl, 1-wl])
             mixed = wi*x[:1] + (1-wi)*x[1:]
             z = pipe.to_latents(mixed)
-            lost, (a, s) = mixed - pipe.to_image(z), pipe.level(times[-1])
+            through, (a, s) = pipe.to_image(z), pipe.level(times[-1])
+            gamma, m = shares(*alike, torch.tensor([wi]), s, .5)
             z = a*z + s*e if init == 'sdedit' else invert(predict, z, times, pipe.level) if init == 'ddim' else slerp([wi], *ends) if init == 'slerp' else wi*ends[0][None] + (1-wi)*ends[1][None]
-            own = to_uint8(pipe.to_image(denoise(predict, z, times, pipe.level)) + keep(agreement(r), torch.tensor([wi]), s)*lost)[0]
+            own = to_uint8((1-m)*through + m*pipe.to_image(denoise(predict, z, times, pipe.level)) + gamma*(mixed - through))[0]
             assert np.abs(own.astype(int) - f).max() <= 1
 
 
