@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LATENT', 'SCALE', 'WIDTHS', 'TEXT', 'TOKENS', 'CLIP', 'PARTS', 'make_vae', 'set_pca', 'make_unet', 'make_scheduler',
-           'make_text_encoder', 'make_motion', 'make_tokenizer', 'linear_encoder', 'encode', 'save', 'load',
+           'make_text_encoder', 'make_motion', 'make_tokenizer', 'linear_encoder', 'encode', 'save', 'load', 'shards',
            'data_part', 'videos_part', 'Loop', 'half_precision', 'vae_part', 'Painter', 'motion_texts', 'tokenize',
            'text_part', 'velocity_loss', 'unet_part', 'motion_part', 'clip_part', 'ship_part', 'main']
 
@@ -13,7 +13,7 @@ import argparse, json, math, time
 from pathlib import Path
 import cv2, numpy as np, torch, torch.nn.functional as F
 from .representation import describe_keyframe, motion_sentence
-from .world import camera, picture, video
+from .world import camera, picture, picture_shard, video, video_shard
 
 # %% ../nbs/91_training.ipynb #91-006
 LATENT, SCALE = 8, 4.0 # channels of the latent, and its scaling factor
@@ -130,27 +130,33 @@ def load(path:Path)->dict:
     d = load_file(path); d['text'] = json.loads(path.with_suffix('.json').read_text())[:len(d['z'])]
     return d
 
-def data_part(out:Path, n:int=16000, seed:int=0, pca:int=600, **kw):
-    "Draw the pictures: `vae/` with its PCA and `pictures.safetensors` (latents at 256 and 128 pixels, captions, 64-pixel thumbnails)."
-    rng = np.random.default_rng(seed)
-    vae = make_vae(); set_pca(vae, torch.tensor(np.stack([camera(rng, picture(rng)[None])[0] for _ in range(pca)])).permute(0, 3, 1, 2)/255)
-    vae.save_pretrained(out/'vae'); lin = linear_encoder(vae)
-    d = dict(z=[], half=[], thumb=[], text=[])
-    for i in range(0, n, 40):
-        ims = np.stack([camera(rng, picture(rng)[None])[0] for _ in range(40)])
-        d['z'].append(encode(lin, ims)); d['half'].append(encode(lin, ims, 128))
-        d['thumb'].append(torch.tensor(np.stack([cv2.resize(f, (64, 64), interpolation=cv2.INTER_AREA) for f in ims])))
-        d['text'] += [(describe_keyframe(f), describe_keyframe(f, int(rng.choice([90, 150, 220, 300])))) for f in ims]
-        if (i//40) % 50 == 49 or i+40 >= n: print(i+40, 'pictures', flush=True); save({k: v if k == 'text' else torch.cat(v) for k, v in d.items()}, out/'pictures.safetensors')
+def shards(draw, seed:int, n:int, workers:int):
+    "`draw([seed, i])` for i < n in order, by `workers` processes: the same whatever their number."
+    seeds = [[seed, i] for i in range(n)]
+    if workers < 2: yield from map(draw, seeds); return
+    from multiprocessing import get_context
+    with get_context('spawn').Pool(workers) as pool: yield from pool.imap(draw, seeds)
 
-def videos_part(out:Path, n:int=1500, seed:int=0, **kw):
+def data_part(out:Path, n:int=32000, seed:int=0, pca:int=600, workers:int=1, **kw):
+    "Draw the pictures: `vae/` with its PCA (a trained one stays), and `pictures.safetensors` (latents at 256 and 128 pixels, captions, 64-pixel thumbnails)."
+    from diffusers import AutoencoderTiny
+    if not (out/'vae').exists():
+        vae = make_vae(); set_pca(vae, torch.tensor(picture_shard([seed, 2**31], pca)[0]).permute(0, 3, 1, 2)/255); vae.save_pretrained(out/'vae')
+    lin, d = linear_encoder(AutoencoderTiny.from_pretrained(out/'vae')), dict(z=[], half=[], thumb=[], text=[])
+    for i, (ims, said) in enumerate(shards(picture_shard, seed, -(-n//40), workers)):
+        d['z'].append(encode(lin, ims)); d['half'].append(encode(lin, ims, 128)); d['text'] += said
+        d['thumb'].append(torch.tensor(np.stack([cv2.resize(f, (64, 64), interpolation=cv2.INTER_AREA) for f in ims])))
+        if i % 100 == 99: print(40*i+40, 'pictures', flush=True)
+    save({k: v if k == 'text' else torch.cat(v) for k, v in d.items()}, out/'pictures.safetensors')
+
+def videos_part(out:Path, n:int=1500, seed:int=0, workers:int=1, **kw):
     "Draw the videos: `videos.safetensors` (latents of 16 frames, first and last caption, motion caption)."
     from diffusers import AutoencoderTiny
-    rng, lin, d = np.random.default_rng(seed+1), linear_encoder(AutoencoderTiny.from_pretrained(out/'vae')), dict(z=[], half=[], text=[])
-    for i in range(n):
-        v, m = video(rng, 16)
-        d['z'].append(encode(lin, v)); d['half'].append(encode(lin, v, 128)); d['text'].append((describe_keyframe(v[0]), describe_keyframe(v[-1]), motion_sentence(m)))
-        if i % 100 == 99: print(i+1, 'videos', flush=True); save(dict(z=torch.stack(d['z']), half=torch.stack(d['half']), text=d['text']), out/'videos.safetensors')
+    lin, d = linear_encoder(AutoencoderTiny.from_pretrained(out/'vae')), dict(z=[], half=[], text=[])
+    for i, shard in enumerate(shards(video_shard, seed+1, -(-n//10), workers)):
+        for v, said in shard: d['z'].append(encode(lin, v)); d['half'].append(encode(lin, v, 128)); d['text'].append(said)
+        if i % 20 == 19: print(10*i+10, 'videos', flush=True)
+    save(dict(z=torch.stack(d['z']), half=torch.stack(d['half']), text=d['text']), out/'videos.safetensors')
 
 # %% ../nbs/91_training.ipynb #91-017
 class Loop:
@@ -352,7 +358,7 @@ def main(argv=None):
     p.add_argument('part', choices=PARTS); p.add_argument('-o', '--out', type=Path, default=Path('runs/tiny'), help='working folder')
     p.add_argument('--minutes', type=float, help='time granted'); p.add_argument('-n', type=int, help='how many to draw (data, videos)')
     p.add_argument('--resume', action='store_true'); p.add_argument('--device', default='cpu'); p.add_argument('--seed', type=int, default=0)
-    p.add_argument('--threads', type=int); p.add_argument('--to', type=Path, help='ship: the preset folder')
+    p.add_argument('--threads', type=int); p.add_argument('--workers', type=int, help='processes that draw'); p.add_argument('--to', type=Path, help='ship: the preset folder')
     a = {k: v for k, v in vars(p.parse_args(argv)).items() if v is not None}
     if 'threads' in a: torch.set_num_threads(a.pop('threads'))
     out = a.pop('out'); out.mkdir(parents=True, exist_ok=True); torch.manual_seed(a.get('seed', 0)); PARTS[a.pop('part')](out, **a)
