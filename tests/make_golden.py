@@ -45,7 +45,7 @@ FILES = {
     'v1_it2v': lambda: build(seed=7),
     'v1_tt2v': lambda: build('tt2v'),
     'v1_it2v_led': lambda: build(topology='led', tracks=[Track(3, 1, [b'flow', b'']), Track(1000, 0, [bytes(9)])]),
-    'v1_settings': lambda: build('tt2v', steps=25, strength=.75, lora_steps=100, seed=2**32-1, guidance=7.5, lora_rank=4, init=1, lora_lr=2, batch=8),
+    'v1_settings': lambda: build('tt2v', steps=25, strength=.75, lora_steps=100, seed=2**32-1, guidance=7.5, init=1),
     'v1_codecs': lambda: build(codecs=('webp', 'jpeg')),
     'v1_codecs2': lambda: build(codecs=('avif', 'x265')),
 }

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from cmvc_nb.entropy import Decoder
 from cmvc_nb.errors import CmvcError, BitstreamError
-from cmvc_nb.header import Header, crc16, header_bytes, varint
+from cmvc_nb.header import Header, crc16, header_bytes, varint, SETTINGS
 from cmvc_nb.bitstream import (Clip, ClipContent, CmvcFile, Group, Track, content, drop_images, groups_of_clips, keyframe_text, keyframes_of_clip,
     open_cmvc, pack_clip, parse, storage_order, streams_of_clips, to_bytes, unpack_clip, verify)
 from test_header import headers
@@ -139,13 +139,13 @@ def test_claims_do_not_allocate():
     with pytest.raises(CmvcError, match='65,536'): to_bytes(f)
 
 def test_zero_group_size_is_refused():
-    b = header_bytes(H)[:-1] + varint(1<<10, 0) + varint(1, 4) + crc16(b'')
+    b = header_bytes(H)[:-1] + varint(1 << list(SETTINGS).index('group_size'), 0) + varint(1, 4) + crc16(b'')
     with pytest.raises(BitstreamError): parse(b + crc16(b))
 
 def test_second_spellings_are_refused():
     "A right checksum does not help a header that says a default, a known rate or an equal size at length."
     for head in [b'CMV\x01\x41' + b'\x80\x02'*2 + varint(0, 30, 1) + b'abcd\0', b'CMV\x01\x49' + b'\x80\x02'*2 + varint(32, 32, 4) + b'abcd\0',
-                 b'CMV\x01\x41' + b'\x80\x02'*2 + varint(4) + b'abcd' + varint(1, 12), b'CMV\x01\x41' + b'\x80\x02'*2 + varint(0, 62, 2) + b'abcd\0',
+                 b'CMV\x01\x41' + b'\x80\x02'*2 + varint(4) + b'abcd' + varint(1, SETTINGS['steps'][2]), b'CMV\x01\x41' + b'\x80\x02'*2 + varint(0, 62, 2) + b'abcd\0',
                  b'CMV\x01\x81' + b'\x80\x02'*2 + varint(1) + b'abcd\0']:
         b = head + varint(1, 31) + crc16(b'')
         with pytest.raises(BitstreamError, match='legal form'): parse(b + crc16(b))
