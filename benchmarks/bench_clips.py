@@ -1,6 +1,6 @@
-"""What the codec reaches on a folder of clips: sizes, overheads, seconds, memory, and whether TT2V shows what it was told.
+"""What the codec reaches on a folder of clips: sizes, overheads, seconds, memory, and what each part of IT2V is worth, and whether TT2V shows what it was told.
 
-    python benchmarks/bench_clips.py FOLDER [sizes] [tt2v] [threads] [length]      # all four if none is named
+    python benchmarks/bench_clips.py FOLDER [sizes] [it2v] [tt2v] [threads] [length]      # all five if none is named
 
 Each clip is taken at 256 x 256, 33 frames at most, with 3 keyframes, on the embedded models. Nothing is written but the table on standard output.
 """
@@ -8,8 +8,9 @@ import os, resource, subprocess, sys, time
 from pathlib import Path
 import numpy as np
 from cmvc_nb.bitstream import open_cmvc
-from cmvc_nb.codec import Codec
+from cmvc_nb.codec import Codec, Player
 from cmvc_nb.keyframes import psnr
+from cmvc_nb.search import ablate
 from cmvc_nb.representation import agreement, describe_keyframe
 from cmvc_nb.tt2v import frame_steps
 from cmvc_nb.video import read_video
@@ -49,6 +50,30 @@ def overhead(data):
         return first-lines, lines/n
 
 
+def it2v(codec, folder):
+    "What generating is worth: the blend, the blend with the file's w_i, the full path, and the full path with one part off; generated frames only."
+    tables = []
+    for name, f in clips(folder, 5):
+        e = codec.encode(f, keyframes=3, score=False); parts = []
+        with open_cmvc(e.data) as r:
+            p = Player.of(codec.models, r)
+            for j, n in enumerate(r.lengths):
+                if n < 2: continue
+                a = e.keyframes[j]
+                rows = ablate(codec.models.it2v, f[a+1:a+n], p.keyframe(j), p.keyframe(j+1), p.steps(j, n), p.motion(j), p.loras(j), r.header.lora_steps, **p.sampling())
+                parts.append((n-1, rows))
+        names = [row['row'] for row in parts[0][1]]
+        total = sum(n for n, _ in parts)
+        table = np.array([[sum(n*rows[i][k] for n, rows in parts)/total for k in ('mse', 'perceptual')] + [sum(rows[i]['evaluations'] for _, rows in parts)] for i in range(len(names))])
+        tables.append(table)
+        print(f'{name} ({len(e.data)} bytes): ' + '; '.join(f'{n[:24]} {m:.1f}, {q:.4f}' for n, (m, q, _) in zip(names, table)), flush=True)
+    T = np.array(tables)
+    print(f"\nmean of {len(T)} clips{'':16} {'MSE':>8} {'MS-SSIM':>8} {'UNet rows':>9}   lower MSE than (a), (b); higher MS-SSIM than (a), (b): clips")
+    for i, n in enumerate(names):
+        wins = [(T[:, i, 0] < T[:, k, 0]).sum() for k in (0, 1)] + [(T[:, i, 1] > T[:, k, 1]).sum() for k in (0, 1)]
+        print(f'{n:32} {T[:, i, 0].mean():8.2f} {T[:, i, 1].mean():8.4f} {T[:, i, 2].mean():9.0f}   {wins[0]}, {wins[1]}; {wins[2]}, {wins[3]}')
+
+
 def tt2v(codec, folder):
     "Do the words come back? Describe decoded TT2V keyframes and find each one's source among all by colours and places; and the step at joins."
     names, said, seen, ratios = [], [], [], []
@@ -80,7 +105,7 @@ def length(codec, folder):
     "A video ten times as long, each in its own process: seconds and peak memory."
     code = '''
 import sys, time, resource
-from cmvc_nb.codec import Codec
+from cmvc_nb.codec import Codec, Player
 from cmvc_nb.world import video
 import numpy as np
 n, mode = int(sys.argv[1]), sys.argv[2]
@@ -98,4 +123,4 @@ print(f'{mode} {n:4d} frames: encode {t1-t0:6.1f} s, decode {t2-t1:6.1f} s, peak
 if __name__ == '__main__':
     if len(sys.argv) < 2: sys.exit(__doc__)
     codec = Codec.from_pretrained('tiny', 'cpu')
-    for what in sys.argv[2:] or ['sizes', 'tt2v', 'threads', 'length']: print(f'\n== {what}'); globals()[what](codec, sys.argv[1])
+    for what in sys.argv[2:] or ['sizes', 'it2v', 'tt2v', 'threads', 'length']: print(f'\n== {what}'); globals()[what](codec, sys.argv[1])

@@ -56,7 +56,7 @@ def encode(
     output:Annotated[Path, typer.Option('-o', '--output', help='the .cmvc file to write')],
     mode:Annotated[Mode, typer.Option(help='it2v: keyframe images and text; tt2v: text alone')]=Mode.it2v,
     keyframes:Annotated[Optional[int], typer.Option(help='number of keyframes, from 2')]=None,
-    interval:Annotated[int, typer.Option(help='without --keyframes: longest uniform clip in frames', min=1)]=16,
+    interval:Annotated[Optional[int], typer.Option(help='without --keyframes: longest uniform clip in frames; 16 if not given, but m3 then decides by content', min=1)]=None,
     selection:Annotated[Select, typer.Option(help='how keyframes are chosen (eq. 1 is cosine)')]=Select.cosine,
     codec:Annotated[Images, typer.Option(help='codec of the keyframe images')]=Images.av1,
     quality:Annotated[float, typer.Option(help='of the keyframe images, 0 (smallest) to 100')]=0.,
@@ -69,7 +69,8 @@ def encode(
     steps:Annotated[Optional[int], typer.Option(help='sampling steps')]=None, lora_steps:Annotated[Optional[int], typer.Option(help='training steps of a LoRA')]=None,
     strength:Annotated[Optional[float], typer.Option(help='how much noise a blended frame is brought to, 0 to 1')]=None,
     guidance:Annotated[Optional[float], typer.Option(help='tt2v: classifier-free guidance, 1 is none')]=None,
-    seed:Annotated[int, typer.Option(help='of all noise')]=0,
+    seed:Annotated[Optional[int], typer.Option(help='of all noise; 0 if not given, or in tt2v the best of --tries')]=None,
+    tries:Annotated[int, typer.Option(help='tt2v: seeds to try, 1 for none', min=1, max=256)]=8,
     frames:Annotated[Optional[int], typer.Option(help='encode only so many frames', min=2)]=None,
     raw:Annotated[Optional[str], typer.Option(help='format of raw video, for example 1920x1080@50:yuv420p10le')]=None,
     preset:Preset='tiny', device:Device=None, dtype:Dtype=None, as_json:Json=False, quiet:Quiet=False,
@@ -79,7 +80,7 @@ def encode(
     c = Codec.from_pretrained(preset, device, dtype)
     with Bars(quiet or as_json) as bars:
         e = c.encode(clip, output, mode.value, keyframes, interval, selection.value, codec.value, quality, texts or None, text_budget, motion_budget, None if search is Search.none else search.value,
-                     _size(size), seed, steps, lora_steps, strength, guidance, settings.value, frames, raw, progress=bars)
+                     _size(size), seed, tries, steps, lora_steps, strength, guidance, settings.value, frames, raw, progress=bars)
     r = e.rate
     _out(as_json, dict(path=str(output), bytes=len(e.data), keyframes=e.keyframes, psnr=[round(p, 2) for p in e.psnr], rate=r.to_dict()),
          f"{output}: {len(e.data):,} bytes, {r.bpp:.5f} bpp, {r.kbps:.2f} kbit/s; keyframes {', '.join(map(str, e.keyframes))}"

@@ -15,7 +15,7 @@ from .entropy import dequantise_weights
 from .errors import CmvcError
 from .header import Header
 from .keyframes import CODECS, decode_group, encode_group, psnr
-from .selection import METHODS, frame_features, select_keyframes
+from .selection import METHODS, frame_features, m3_keyframes, select_keyframes
 from .video import Geometry, Video, VideoWriter
 
 # %% ../nbs/70_codec.ipynb #70-006
@@ -24,6 +24,12 @@ class Player:
     def __init__(self, models, header:Header, n_clips:int, group, clip):
         self.models, self.header, self.n_clips = models, header, n_clips
         self._group, self._clip = group, clip   # group(g) -> frames or None; clip(j) -> ClipContent or None
+
+    @classmethod
+    def of(cls, models, reader):
+        "The player of an open file: reads only what is asked for, and keeps the last of it."
+        n = len(reader.lengths)
+        return cls(models, reader.header, n, _keep(lambda g: _group(reader, g, n)), _keep(lambda j: content(reader, j), 8))
 
     def keyframe(self, k:int)->np.ndarray:
         "Decoded keyframe `k`, uint8 `(H,W,3)`; None if its group is damaged."
@@ -53,19 +59,24 @@ class Player:
         h = self.header
         return dict(num_inference_steps=h.steps, strength=h.strength, init=INITS[h.init], generator=h.seed)
 
+    def steps(self, j:int, frames:int)->np.ndarray:
+        "What the file says of w_i and w_l in clip `j` of `frames`: ints `(frames-1,2)`, steps from the uniform schedule."
+        c = self._clip(j)
+        return c.weights if c else np.zeros((frames-1, 2), int)
+
     def play(self, j:int, frames:int, progress=None)->np.ndarray:
         "The frames of clip `j`, both keyframes among them, uint8 `(frames+1,H,W,3)` at the coded size."
         h = self.header
         if h.mode == 'tt2v':
             return self.models.tt2v.generate((self.text(j), self.text(j+1)), self.motion(j), frames+1, h.coded_height, h.coded_width, seed=h.seed, steps=h.steps,
                                              guidance_scale=h.guidance, progress=progress)
-        a, b, c = self.keyframe(j), self.keyframe(j+1), self._clip(j)
+        a, b = self.keyframe(j), self.keyframe(j+1)
         if a is None or b is None: # damaged: hold what is there
             held = next((f for f in (a, b) if f is not None), np.full((h.coded_height, h.coded_width, 3), 128, np.uint8))
             return np.repeat(held[None], frames+1, 0)
         if frames == 1: return np.stack([a, b])
         from cmvc_nb.it2v import uniform_schedule
-        w = dequantise_weights(c.weights if c else np.zeros((frames-1, 2), int), uniform_schedule(frames-1))
+        w = dequantise_weights(self.steps(j, frames), uniform_schedule(frames-1))
         mid = self.models.it2v(a, b, w[:, 0], w[:, 1], self.motion(j), self.loras(j), **self.sampling()).frames
         return np.concatenate([a[None], mid, b[None]])
 
@@ -107,12 +118,16 @@ class _Encoder(Player):
     def __init__(self, models, header, keys, opts, tell):
         self.groups, self.payloads, self.contents, self.decoded, self.source, self.scores = {}, {}, {}, {}, {}, []
         self.keys, self.opts, self.tell, self.next = keys, opts, tell, 0
+        self.small, self.judged = {}, set(np.linspace(0, len(keys)-1, min(8, len(keys))).astype(int)) # keyframes that choose the seed
         super().__init__(models, header, len(keys)-1, self.decoded.get, self.contents.get)
 
     def add(self, j, frames):
         "Take the source frames of clip `j`, both keyframes among them; describe them."
         o, d = self.opts, self.models.describer
         texts = d.describe_keyframes(frames[[0, -1]] if j == self.n_clips-1 else frames[:1], o['text_budget']) if o['texts'] else ['', '']
+        if self.header.mode == 'tt2v':
+            from cmvc_nb.tt2v import thumbnails
+            self.small |= {k: thumbnails(frames[[i]])[0] for k, i in ((j, 0), (j+1, -1)) if k in self.judged}
         self.contents[j] = ClipContent(texts[0], d.describe_motions([frames], o['motion_budget'])[0], texts[-1] if j == self.n_clips-1 else None, None)
         self.source[j] = frames
 
@@ -142,6 +157,13 @@ class _Encoder(Player):
         found = search_weights(self.models.it2v, target, self.keyframe(j), self.keyframe(j+1), motion, self.loras(j), self.opts['search'], **self.sampling())
         return found.q, found.frames # the frames that the decoder will make of these weights
 
+    def seed(self, tries):
+        "The seed of those tried that makes the keyframes most like the source's."
+        from cmvc_nb.tt2v import choose_seed
+        h, ks = self.header, sorted(self.judged)
+        return choose_seed(self.models.tt2v, [self.text(k) for k in ks], np.stack([self.small[k] for k in ks]), h.coded_height, h.coded_width, range(tries),
+                           lambda done, total: self.tell('seeds', done, total), steps=h.steps, guidance_scale=h.guidance)[0]
+
     def _ready(self, j):
         if self.header.mode == 'tt2v': return j in self.contents
         ks = {k for first in (j//2*2, (j+1)//2*2) for k in (first, first+1) if k <= self.n_clips}
@@ -167,7 +189,7 @@ class Codec:
         path=None,            # where to write the file; None only returns it
         mode:str='it2v',      # 'it2v': keyframe images and text; 'tt2v': text alone
         keyframes:int=None,   # number of keyframes, 2 to the number of frames
-        interval:int=16,      # or, without it, the longest uniform clip in frames
+        interval:int=None,    # or, without it, the longest uniform clip in frames; None: 16, and for 'm3' as its decision has it
         selection:str='cosine', # see `selection.METHODS`
         codec:str='av1',      # of keyframe images, see `keyframes.CODECS`
         quality:float=0.,     # of keyframe images, 0 (smallest) to 100
@@ -176,7 +198,9 @@ class Codec:
         motion_budget:int=None, # and of a motion's
         search:str='batched', # of w_i and w_l: 'batched', 'gradient' (eq. 7, 8) or None (uniform)
         size=None,            # working size in pixels or (width, height); None: the preset's
-        seed:int=0, steps:int=None, lora_steps:int=None, strength:float=None, guidance:float=None, # None: the preset's
+        seed:int=None,        # None: 0, or in tt2v the best of `tries`
+        tries:int=8,          # seeds that tt2v tries, 1 for none
+        steps:int=None, lora_steps:int=None, strength:float=None, guidance:float=None, # None: the preset's
         settings:str=None,    # 'paper': 100 LoRA steps and 50 sampling steps
         max_frames:int=None, raw:str=None, # see `Video`
         score:bool=True,      # also generate the frames that will be decoded, and report their PSNR
@@ -197,7 +221,8 @@ class Codec:
                 for i, f in enumerate(limited()): tell('selection', i+1, video.info.frames and min(video.info.frames, max_frames or 2**62)); yield f
             feats = frame_features(counted(), selection, self.models.clip_embed)
             if len(feats) < 2: raise CmvcError(f"{source if isinstance(source, (str, Path)) else 'the video'} has one frame: a clip needs two")
-            keys = select_keyframes(feats, keyframes, None if keyframes else interval, selection, seed, both=selection in ('cosine', 'mse'))
+            if selection == 'm3' and not keyframes: keys = m3_keyframes(feats, min_gap=min(4, interval or 4), max_gap=interval)
+            else: keys = select_keyframes(feats, keyframes, None if keyframes else interval or 16, selection, seed or 0, both=selection in ('cosine', 'mse'))
             # 3. header
             p, geo = self.models.preset, Geometry.fit(video.info.width, video.info.height, size or self.models.preset.size)
             base = p.settings | (PAPER if settings == 'paper' else {})
@@ -205,11 +230,12 @@ class Codec:
             base = dict(steps=base.get('steps'), lora_steps=base.get('lora_steps'), strength=base.get('strength'), guidance=base.get('guidance_scale')) | {k: v for k, v in given.items() if v is not None}
             if mode == 'tt2v': base |= dict(lora_steps=None, strength=None)
             else: base |= dict(guidance=None)
-            head = Header(video.info.width, video.info.height, geo.coded_width, geo.coded_height, len(feats), video.info.fps, mode, preset=p.fingerprint(), seed=seed, **base)
+            head = Header(video.info.width, video.info.height, geo.coded_width, geo.coded_height, len(feats), video.info.fps, mode, preset=p.fingerprint(), seed=seed or 0, **base)
             # 4. clips, in a second pass
             opts = dict(codec=codec, quality=quality, texts=mode == 'tt2v' if texts is None else texts or mode == 'tt2v', text_budget=text_budget, motion_budget=motion_budget, search=search, score=score)
             work = _Encoder(self.models, head, keys, opts, tell)
             self._second_pass(work, limited(), geo)
+            if mode == 'tt2v' and seed is None and tries > 1: head.seed = work.seed(tries)
         # 5. file
         n = range(work.n_clips)
         data = to_bytes(CmvcFile(head, [work.groups[g] for g in sorted(work.groups)], [work.payloads[j] for j in n]))
@@ -258,7 +284,7 @@ def _decode(self,
             raise CmvcError(f"the file was made with models {h.preset.hex()}, preset {self.models.preset.name} is {mine.hex()}: name the right preset, or force decoding with other pictures")
         a, b = clips or (0, n)
         if not 0 <= a < b <= n: raise CmvcError(f"clips {a}:{b}: the file has clips 0:{n}")
-        player = Player(self.models, h, n, _keep(lambda g: _group(r, g, n)), _keep(lambda j: content(r, j), 8))
+        player = Player.of(self.models, r)
         geo, out, count = Geometry(h.width, h.height, h.coded_width, h.coded_height), [], 0
         sink = VideoWriter(path, h.width, h.height, h.fps) if path is not None else None
         try:
