@@ -7,7 +7,7 @@ Each clip is taken at 256 x 256, 33 frames at most, with 3 keyframes, on the emb
 import os, resource, subprocess, sys, time
 from pathlib import Path
 import numpy as np
-from cmvc_nb.bitstream import open_cmvc
+from cmvc_nb.bitstream import frame_bits, line_bytes, open_cmvc
 from cmvc_nb.codec import Codec, Player
 from cmvc_nb.keyframes import psnr
 from cmvc_nb.search import ablate
@@ -44,10 +44,9 @@ def sizes(codec, folder):
 def overhead(data):
     "Bytes before the first payload without the clips' lines of the table of contents, and those lines per clip."
     with open_cmvc(data) as r:
-        n, first = len(r.lengths), min(s.offset for s in r.sections)
-        from cmvc_nb.header import varint
-        lines = sum(len(varint(s.length)) + len(varint(s.tag)) + len(s.crc) for s in r.sections if s.track == 1)
-        return first-lines, lines/n
+        own = [s for s in r.sections if s.track == 1]
+        lines = sum(len(line_bytes(s, frame_bits(own))) + len(s.crc) for s in own)
+        return min(s.offset for s in r.sections)-lines, lines/len(own)
 
 
 def it2v(codec, folder):

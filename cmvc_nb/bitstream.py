@@ -290,7 +290,8 @@ def drop_images(
     with open_cmvc(source) as r:
         h, n = r.header, len(r.lengths)
         if h.mode != 'it2v': raise CmvcError(f"the file is {h.mode} already: there are no images to drop")
-        cs, tracks = [content(r, j) for j in range(n)], [t for t in r.load().tracks if t.type != 2]
+        cs, extra = [content(r, j) for j in range(n)], sorted({s.track for s in r.sections} - {0, 1, 2}) # the images need not even be whole
+        tracks = [Track(t, r.toc[t, 0].tag, [r.read(t, s.index) for s in r.sections if s.track == t]) for t in extra]
     texts = [c.keyframe_text for c in cs] + [cs[-1].last_keyframe_text]*(h.topology == 'pair')
     if bare := [k for k,t in enumerate(texts) if not t]:
         raise CmvcError(f"keyframe {bare[0]} has no text ({len(bare)} of {len(texts)} have none): encode the clip with keyframe texts first")

@@ -25,7 +25,7 @@ Select = Enum('Select', dict(cosine='cosine', mse='mse', uniform='uniform', rand
 Images = Enum('Images', dict(av1='av1', avif='avif', webp='webp', jpeg='jpeg', x265='x265'), type=str) # keyframe codecs
 Settings = Enum('Settings', dict(preset='preset', paper='paper'), type=str) # where LoRA and sampling steps come from
 
-Preset = Annotated[str, typer.Option(help='preset name, YAML file, or folder in diffusers\' layout; `cmvc models` lists them')] # the option --preset
+Preset = Annotated[str, typer.Option(help='preset name, YAML file, folder in diffusers\' layout or hub id; `cmvc models` lists the presets')] # the option --preset
 Device = Annotated[Optional[str], typer.Option(help='cpu, cuda, cuda:1, mps; chosen if not given')] # the option --device
 Dtype = Annotated[Optional[str], typer.Option(help='float32, bfloat16, float16; chosen if not given')] # the option --dtype
 Json = Annotated[bool, typer.Option('--json', help='print the result as JSON on standard output')] # the option --json
@@ -57,7 +57,8 @@ def encode(
     mode:Annotated[Mode, typer.Option(help='it2v: keyframe images and text; tt2v: text alone')]=Mode.it2v,
     keyframes:Annotated[Optional[int], typer.Option(help='number of keyframes, from 2')]=None,
     interval:Annotated[Optional[int], typer.Option(help='without --keyframes: longest uniform clip in frames; 16 if not given, but m3 then decides by content', min=1)]=None,
-    selection:Annotated[Select, typer.Option(help='how keyframes are chosen (eq. 1 is cosine)')]=Select.cosine,
+    selection:Annotated[Select, typer.Option(help='how keyframes are chosen; cosine is eq. 1')]=Select.cosine,
+    both:Annotated[bool, typer.Option('--both/--no-both', help='cosine, mse: a keyframe is unlike the last frame too; the paper\'s eq. 1 is --no-both')]=True,
     codec:Annotated[Images, typer.Option(help='codec of the keyframe images')]=Images.av1,
     quality:Annotated[float, typer.Option(help='of the keyframe images, 0 (smallest) to 100')]=0.,
     texts:Annotated[bool, typer.Option('--texts', help='it2v: send keyframe texts too, so that `convert` can drop the images')]=False,
@@ -65,22 +66,23 @@ def encode(
     motion_budget:Annotated[Optional[int], typer.Option(help='at most so many bytes of text for a motion')]=None,
     search:Annotated[Search, typer.Option(help='how w_i and w_l are found; gradient is the paper\'s eq. 7 and 8')]=Search.batched,
     size:Annotated[Optional[str], typer.Option(help='working size: 256, or 320x192; multiples of 64')]=None,
-    settings:Annotated[Settings, typer.Option(help='paper: 100 LoRA steps and 50 sampling steps, slow')]=Settings.preset,
+    settings:Annotated[Settings, typer.Option(help='paper: 100 LoRA steps and 50 sampling steps (a strength of 0.3 walks 15 of them), slow')]=Settings.preset,
     steps:Annotated[Optional[int], typer.Option(help='sampling steps')]=None, lora_steps:Annotated[Optional[int], typer.Option(help='training steps of a LoRA')]=None,
     strength:Annotated[Optional[float], typer.Option(help='how much noise a blended frame is brought to, 0 to 1')]=None,
     guidance:Annotated[Optional[float], typer.Option(help='tt2v: classifier-free guidance, 1 is none')]=None,
-    seed:Annotated[Optional[int], typer.Option(help='of all noise; 0 if not given, or in tt2v the best of --tries')]=None,
+    seed:Annotated[Optional[int], typer.Option(help='of all noise; 0 if not given, or in tt2v the best of --tries', min=0, max=2**32-1)]=None,
     tries:Annotated[int, typer.Option(help='tt2v: seeds to try, 1 for none', min=1, max=256)]=8,
     frames:Annotated[Optional[int], typer.Option(help='encode only so many frames', min=2)]=None,
     raw:Annotated[Optional[str], typer.Option(help='format of raw video, for example 1920x1080@50:yuv420p10le')]=None,
+    fps:Annotated[Optional[str], typer.Option(help='rate of a source that carries none, such as a folder of PNGs: 30, or 30000/1001')]=None,
     preset:Preset='tiny', device:Device=None, dtype:Dtype=None, as_json:Json=False, quiet:Quiet=False,
 ):
     "Encode a video to a .cmvc file."
     from cmvc_nb.codec import Codec
     c = Codec.from_pretrained(preset, device, dtype)
     with Bars(quiet or as_json) as bars:
-        e = c.encode(clip, output, mode.value, keyframes, interval, selection.value, codec.value, quality, texts or None, text_budget, motion_budget, None if search is Search.none else search.value,
-                     _size(size), seed, tries, steps, lora_steps, strength, guidance, settings.value, frames, raw, progress=bars)
+        e = c.encode(clip, output, mode.value, keyframes, interval, selection.value, both, codec.value, quality, texts or None, text_budget, motion_budget, None if search is Search.none else search.value,
+                     _size(size), seed, tries, steps, lora_steps, strength, guidance, settings.value, frames, raw, fps, progress=bars)
     r = e.rate
     _out(as_json, dict(path=str(output), bytes=len(e.data), keyframes=e.keyframes, psnr=[round(p, 2) for p in e.psnr], rate=r.to_dict()),
          f"{output}: {len(e.data):,} bytes, {r.bpp:.5f} bpp, {r.kbps:.2f} kbit/s; keyframes {', '.join(map(str, e.keyframes))}"
@@ -135,8 +137,8 @@ def _rate_panel(r):
     d = r.to_dict(); t = Table(title=f"eq. 2: {r.bpp:.5f} bpp, {r.kbps:.2f} kbit/s")
     for c in ('kind', 'bits', 'bytes', 'share'): t.add_column(c, justify='left' if c == 'kind' else 'right')
     total = sum(d['kinds'].values())
-    for k, v in d['kinds'].items(): t.add_row(k, f'{v:,}', f'{v/8:,.1f}', f'{v/total:.1%}')
-    t.add_section(); t.add_row('sum', f'{total:,}', f'{total/8:,.1f}', '100.0%')
+    for k, v in d['kinds'].items(): t.add_row(k, f'{v:,.1f}', f'{v/8:,.1f}', f'{v/total:.1%}')
+    t.add_section(); t.add_row('sum', f'{total:,.1f}', f'{total/8:,.1f}', '100.0%')
     return t
 
 @app.command(epilog='**Example**\n\n`cmvc encode clip.mp4 -o clip.cmvc --texts && cmvc convert clip.cmvc -o words.cmvc --mode tt2v`')
@@ -147,13 +149,15 @@ def convert(
     preset:Preset='tiny', as_json:Json=False,
 ):
     "Change the mode of a file without the source."
-    from cmvc_nb.bitstream import drop_images, to_bytes
+    from cmvc_nb.bitstream import drop_images, open_cmvc, to_bytes
     from cmvc_nb.codec import _unwritable, _write
     from cmvc_nb.models import load_preset
     if mode is Mode.it2v: raise CmvcError('convert to it2v: the images are not in a tt2v file; encode the source again')
     if why := _unwritable(output): raise CmvcError(why)
-    s = load_preset(preset).settings
-    data = to_bytes(drop_images(file, steps=s.get('steps'), guidance=s.get('guidance_scale'))); _write(output, data)
+    p = load_preset(preset)
+    with open_cmvc(file) as f: theirs = f.header.preset
+    if theirs != p.fingerprint(): raise CmvcError(f"the file was made with models {theirs.hex()}, preset {p.name} is {p.fingerprint().hex()}: name the right --preset")
+    data = to_bytes(drop_images(file, steps=p.settings.get('steps'), guidance=p.settings.get('guidance_scale'))); _write(output, data)
     _out(as_json, dict(path=str(output), bytes=len(data)), f"{output}: {len(data):,} bytes, tt2v")
 
 @app.command(epilog='**Example**\n\n`cmvc models --json`')
@@ -206,12 +210,16 @@ def _source(clip, frames):
 # %% ../nbs/71_cli.ipynb #71-015
 def main():
     "The entry point of the `cmvc` command."
-    warnings.showwarning = lambda m, kind, file, *a: 'cmvc_nb' in file and print(f'cmvc: {m}', file=sys.stderr) # other libraries' notices help nobody here
+    warnings.showwarning = lambda m, kind, file, *a: Path(file).resolve().parent == Path(__file__).resolve().parent and print(f'cmvc: {m}', file=sys.stderr) # other libraries' notices help nobody here
     try: app(standalone_mode=True)
     except CmvcError as e: _fail(e)
-    except OSError as e: _fail(f"{e.filename or 'input or output'}: {(e.strerror or str(e)).lower()}") if not isinstance(e, BrokenPipeError) else sys.exit(141)
-    except MemoryError: _fail('not enough memory: use a smaller --size, or more keyframes')
-    except KeyboardInterrupt: print('cmvc: interrupted; nothing was written', file=sys.stderr); sys.exit(130)
+    except OSError as e: _fail(f"{e.filename or 'input or output'}: {(e.strerror or str(e)).lower()}")
+    except MemoryError: _fail(_MEMORY)
+    except RuntimeError as e: # torch's own, of a GPU and of the CPU
+        if type(e).__name__ != 'OutOfMemoryError' and 'allocate memory' not in str(e): raise
+        _fail(_MEMORY)
+
+_MEMORY = 'not enough memory: use a smaller --size, or more keyframes'
 
 def _fail(why):
     print('cmvc: ' + ' '.join(str(why).split()), file=sys.stderr); sys.exit(2)

@@ -85,6 +85,8 @@ SETTINGS = {
     'group_size': (1, 8, 8, 255),      # keyframes a group
 }
 
+def _least(setting): return int(setting in ('steps', 'group_size'))
+
 # %% ../nbs/33_header.ipynb #33-018
 @dataclass
 class Header:
@@ -114,7 +116,7 @@ class Header:
         for k,(unit,*default,top) in SETTINGS.items():
             v = getattr(self, k)
             if v is None: v = default[MODES.index(self.mode)]
-            if not (k == 'group_size') <= v <= top: raise CmvcError(f"{k} is {v}; at most {top}")
+            if not _least(k) <= v <= top or unit == 1 and v != int(v): raise CmvcError(f"{k} is {v}; expected {_least(k)} to {top}" + (', a whole number' if unit == 1 else ''))
             setattr(self, k, round(v*unit)/unit if unit > 1 else int(v))
 
 # %% ../nbs/33_header.ipynb #33-021
@@ -151,7 +153,7 @@ def read_header(
     mask = cur.varint('settings', 0, 2**len(SETTINGS)-1)
     for i,(k,s) in enumerate(SETTINGS.items()):
         if mask>>i & 1:
-            v = cur.varint('settings', k == 'group_size', s[3]*s[0])
+            v = cur.varint('settings', _least(k), s[3]*s[0])
             h[k] = v/s[0] if s[0] > 1 else v
     return h, flags>>4
 

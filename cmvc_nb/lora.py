@@ -169,7 +169,6 @@ def deterministic():
 
 def draw_plan(
     steps:int, draws:int, # optimisation steps, noise draws a step
-    shape,                # (C,h,w) of one latent
     timesteps:int,        # the largest t + 1
     seed:int=0,           # of a CPU generator
 ):                        # t (steps, draws) int64 and the generator, ready for the noise
@@ -212,8 +211,8 @@ def fit_loras(
 )->list:              # n LoRA states (see `read_lora`)
     "Fit one LoRA per keyframe (eq. 4), all in one batch, each as if it were alone."
     n, kind, names = len(latents), scheduler.config.prediction_type, [str(i) for i in range(len(latents))]
-    ts, g = draw_plan(steps, draws, latents.shape[1:], max(1, round(reach*len(scheduler.alphas_cumprod))), seed)
-    z, text = (v.to(unet.device).repeat_interleave(draws, 0) for v in (latents, text))
+    ts, g = draw_plan(steps, draws, max(1, round(reach*len(scheduler.alphas_cumprod))), seed)
+    z, text = (v.to(unet.device, d).repeat_interleave(draws, 0) for v, d in ((latents, torch.float32), (text, unet.dtype)))
     hot = torch.eye(n).repeat_interleave(draws, 0)
     with deterministic(), torch.enable_grad(), attach(unet, names, rank, alpha):
         params = init_loras(unet, names, g)
@@ -223,8 +222,8 @@ def fit_loras(
                 e = torch.randn((draws, *latents.shape[1:]), generator=g).to(z).repeat(n, 1, 1, 1)
                 t = t.repeat(n)
                 a, s = _levels(scheduler, t, z)
-                out = unet(a*z + s*e, t.to(z.device), encoder_hidden_states=text).sample
-                loss = (out - target(kind, z, e, a, s)).float().square().mean((1, 2, 3)).view(n, draws).mean(1)
+                out = unet((a*z + s*e).to(unet.dtype), t.to(z.device), encoder_hidden_states=text).sample
+                loss = (out.float() - target(kind, z, e, a, s)).square().mean((1, 2, 3)).view(n, draws).mean(1)
                 loss.sum().backward()            # a sum, not a mean: a keyframe's gradient does not depend on n
                 opt.step(); opt.zero_grad(set_to_none=True)
                 if log: log(step, loss.detach().cpu())

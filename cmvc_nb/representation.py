@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'SIZES', 'TEXTURES', 'PLACES', 'BRIGHT', 'LIGHT', 'Describer', 'to_lab', 'colour_name', 'Region', 'segment',
-           'regions', 'light_words', 'keyframe_sentence', 'describe_keyframe', 'dense_flow', 'camera_fit', 'Motion',
-           'measure_motion', 'motion_sentence', 'MeasuringDescriber', 'parse_regions', 'agreement']
+           'regions', 'light_words', 'keyframe_sentence', 'describe_keyframe', 'camera_fit', 'Motion', 'measure_motion',
+           'motion_sentence', 'MeasuringDescriber', 'parse_regions', 'agreement']
 
 # %% ../nbs/20_representation.ipynb #20-002
 import re
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 import cv2, numpy as np
 from .errors import CmvcError
+from .selection import dense_flow
 
 # %% ../nbs/20_representation.ipynb #20-006
 class Describer(Protocol):
@@ -58,8 +59,8 @@ class Region:
     texture:str # one of `TEXTURES`
     def __str__(self): return f"a {self.size} {self.texture} {self.colour} area {self.place}"
 
-SIZES = ('tiny', 'small', 'medium', 'large', 'huge') # words for a region's share of the frame
-TEXTURES = ('plain', 'smooth', 'textured', 'rough')  # words for its mean gradient
+SIZES = ('tiny', 'small', 'medium', 'large', 'huge') # words for a share of the frame: its bounds for regions and for moving objects differ
+TEXTURES = ('plain', 'smooth', 'textured', 'rough')  # words for its median gradient
 # words for where it is: the cells of a 3 x 3 grid, bands, and everywhere
 PLACES = ('at the top left', 'at the top', 'at the top right', 'on the left', 'in the centre', 'on the right',
           'at the bottom left', 'at the bottom', 'at the bottom right', 'across the top', 'across the middle', 'across the bottom', 'everywhere')
@@ -148,7 +149,7 @@ def _third(frame, have):
     taken = {r.place for r in have}
     place, (y, x) = next((p, c) for p, c in (('in the centre', (1, 1)), ('at the top', (0, 1)), ('at the bottom', (2, 1)), ('on the left', (1, 0))) if p not in taken)
     small = to_lab(cv2.resize(frame, (3, 3), interpolation=cv2.INTER_AREA))
-    return Region(colour_name(small[y, x]), place, 'medium', 'plain')
+    return Region(colour_name(small[y, x]), place, 'medium', have[0].texture if have else 'plain')
 
 def _cut(s, budget):
     if budget is None or len(s) <= budget: return s
@@ -156,14 +157,7 @@ def _cut(s, budget):
     return (s[:budget+1].rsplit(' ', 1)[0].rstrip(',;: ') if ' ' in s[:budget+1] else s[:budget])[:budget]
 
 # %% ../nbs/20_representation.ipynb #20-023
-def _small_grey(f, side=128): return cv2.cvtColor(cv2.resize(f, (side, side), interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2GRAY)
-
-def dense_flow(
-    a:np.ndarray, # grey frame, uint8 `(H,W)`
-    b:np.ndarray, # the next one
-)->np.ndarray: # pixels moved from `a` to `b`, float32 `(H,W,2)` as (x, y)
-    "Dense optical flow by DIS (Kroeger et al. 2016)."
-    return cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST).calc(a, b, None)
+def _small_grey(f, side=192): return cv2.cvtColor(cv2.resize(f, (side, side), interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2GRAY)
 
 def camera_fit(flow:np.ndarray, # float32 `(H,W,2)`
               )->np.ndarray:     # similarity transform `(2,3)` about the frame's centre, in pixels
@@ -178,7 +172,7 @@ def camera_fit(flow:np.ndarray, # float32 `(H,W,2)`
 @dataclass(frozen=True)
 class Motion:
     "What moved in a clip: the camera's share and the largest object's, summed over the clip."
-    pan:float      # scene content moves right for negative values: the camera's move to the right, in frame widths
+    pan:float      # the camera's move to the right, in frame widths; the scene moves left
     tilt:float     # the camera's move up, in frame heights
     zoom:float     # ratio of scale, 1 is none, above 1 is in
     rotation:float # of the camera, degrees clockwise
@@ -195,18 +189,22 @@ def measure_motion(
     "Camera and object motion of a clip, from dense optical flow."
     pick = np.unique(np.linspace(0, len(clip)-1, min(len(clip), most+1)).round().astype(int))
     grey = [_small_grey(clip[i]) for i in pick]
-    S, total = grey[0].shape[0], np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1]], float)
-    own = np.zeros((S, S, 2), np.float32)
-    x, y = np.meshgrid(np.arange(S)-S/2, np.arange(S)-S/2)
+    S, camera = grey[0].shape[0], np.eye(3)
+    start = np.stack(np.meshgrid(np.arange(S), np.arange(S)), -1).astype(np.float32) # (S,S,2) as (x, y)
+    at, seen = start.copy(), np.ones((S, S), bool)
     for a, b in zip(grey, grey[1:]):
-        flow = dense_flow(a, b); m = camera_fit(flow)
-        own += flow - np.stack([m[0, 0]*x + m[0, 1]*y + m[0, 2] - x, m[1, 0]*x + m[1, 1]*y + m[1, 2] - y], -1).astype(np.float32)
-        total = np.vstack([m, [0, 0, 1]]) @ total
-    cam = dict(pan=-total[0, 2]/S, tilt=total[1, 2]/S, zoom=float(np.hypot(total[0, 0], total[1, 0])), rotation=-float(np.degrees(np.arctan2(total[1, 0], total[0, 0]))))
-    moving = (np.hypot(*np.moveaxis(cv2.blur(own, (5, 5)), -1, 0)) > .015*S).astype(np.uint8)
-    n, lab, stats, _ = cv2.connectedComponentsWithStats(moving)
+        flow = dense_flow(a, b)
+        camera = np.vstack([camera_fit(flow), [0, 0, 1]]) @ camera
+        at += cv2.remap(flow, at, None, cv2.INTER_LINEAR)
+        seen &= (np.abs(at - S/2) < S/2 - S//21).all(-1)      # what comes near the border may have left
+    cam = dict(pan=float(-camera[0, 2]/S), tilt=float(camera[1, 2]/S), zoom=float(np.hypot(camera[0, 0], camera[1, 0])), rotation=-float(np.degrees(np.arctan2(camera[1, 0], camera[0, 0]))))
+    own = at - S/2 - ((start - S/2) @ camera[:2, :2].T + camera[:2, 2]).astype(np.float32)
+    far = np.linalg.norm(own, axis=-1)
+    moving = (np.linalg.norm(cv2.blur(own, (5, 5)), axis=-1) > .03*S) & seen
+    n, lab, stats, _ = cv2.connectedComponentsWithStats(moving.astype(np.uint8))
     if n < 2 or (i := 1 + int(stats[1:, cv2.CC_STAT_AREA].argmax())) and stats[i, cv2.CC_STAT_AREA] < .004*S*S: return Motion(**cam)
-    m = lab == i; d = np.median(own[m], 0)
+    m = (lab == i) & (far >= .7*np.percentile(far[lab == i], 95))
+    d = np.median(own[m], 0)
     g = cv2.resize(m.astype(np.uint8), (_G, _G), interpolation=cv2.INTER_AREA).astype(bool)
     g = g if g.any() else np.eye(_G, dtype=bool)
     return Motion(**cam, place=_place(g).replace('across', 'in').replace('everywhere', 'in the whole frame'), size=SIZES[int(np.searchsorted([.02, .06, .15, .4], m.mean()))],

@@ -242,8 +242,7 @@ def tokenize(tok, texts):
 def text_part(out:Path, minutes:float=8, resume=False, device='cpu', seed:int=0, **kw):
     "Make the tokenizer and train the text encoder."
     rng, d = np.random.default_rng(seed+3), load(out/'pictures.safetensors')
-    extra = (out/'words.txt').read_text().splitlines() if (out/'words.txt').exists() else [] # other English that the tokenizer should know
-    tok = make_tokenizer([t for p in d['text'][:6000] for t in p] + motion_texts(rng, 2000) + extra, out/'tokenizer')
+    tok = make_tokenizer([t for p in d['text'][:6000] for t in p] + motion_texts(rng, 2000), out/'tokenizer')
     te = make_text_encoder(tok); model = Painter(te).to(device)
     thumb = F.interpolate(d['thumb'].permute(0, 3, 1, 2).float(), (8, 8), mode='area').flatten(2).transpose(1, 2)/127.5-1
     loop = Loop(model, out, 'text', minutes, 1e-3, resume)

@@ -34,14 +34,16 @@ def fit_text(
     text:str,           # T_k: cut at its end if need be
     after:str='',       # T_m: kept whole if at all possible
     limit:int=None,     # tokens; the tokenizer's own if None
-)->str: # 'text after' within the limit; a UserWarning says what was cut
+    warn:bool=True,     # say what was cut, in a UserWarning
+)->str: # 'text after' within the limit
     "Join two texts so that the tokenizer takes them whole."
     limit = limit or tokenizer.model_max_length
     text, after = text[:64*limit], after[:64*limit] # no token is so long: a megabyte need not be counted
     join = lambda t: ' '.join(filter(None, (t.strip(), after.strip())))
     count = lambda t: len(tokenizer(t, truncation=False, verbose=False).input_ids)
     if count(join(text)) <= limit: return join(text)
-    if text.strip() and count(after) > 2*limit//3: after = fit_text(tokenizer, after, limit=2*limit//3)
+    if not text.strip(): text, after = after, ''
+    if text.strip() and count(after) > 2*limit//3: after = fit_text(tokenizer, after, limit=2*limit//3, warn=warn)
     ends = [m.end() for m in re.finditer(r'\S+', text)] or [0]
     lo, hi = 0, len(ends) # the first `lo` words fit
     while lo < hi:
@@ -52,7 +54,7 @@ def fit_text(
         at = [m.end() for m in re.finditer(stop, cut)]
         if at and at[-1] > len(cut)/2: cut = cut[:at[-1]]; break
     cut = cut.rstrip(' ,;')
-    warnings.warn(f"text of {count(join(text))} tokens cut to {count(join(cut))} of {limit}: …{cut[-40:]!r}" + (" and the motion" if after else ""), stacklevel=2)
+    if warn: warnings.warn(f"text of {count(join(text))} tokens cut to {count(join(cut))} of {limit}: …{cut[-40:]!r}" + (" and the motion" if after else ""), stacklevel=2)
     return join(cut)
 
 def _letters(text, fits):
@@ -247,7 +249,7 @@ def generate(self, keyframe_texts, motion_text, num_frames, height=256, width=25
     if num_frames == 2: return np.stack([first, last])
     # 3. denoise, at a finer rate where the clip is short
     k = max(1, (self.context - 1)//(num_frames - 1))
-    prompts = [fit_text(self.pipe.tokenizer, t, motion_text) for t in keyframe_texts]
+    prompts = [fit_text(self.pipe.tokenizer, t, motion_text, warn=False) for t in keyframe_texts] # the anchors have the whole text
     scale = guidance_scale if self.clip_guidance is None else self.clip_guidance
     z = self._sample((a, b), prompts, k*(num_frames - 1) + 1, seed, steps, scale, progress)
     # 4. straighten, thin, decode

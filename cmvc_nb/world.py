@@ -125,7 +125,7 @@ def video(
     return camera(rng, out), Motion(pan=float(pan), tilt=float(tilt), zoom=float(zoom), rotation=float(rot), **extra)
 
 def _shoot(canvas, side, pan, tilt, zoom, rot):
-    m = cv2.getRotationMatrix2D((canvas.shape[1]/2, canvas.shape[0]/2), rot*-1, zoom)
+    m = cv2.getRotationMatrix2D((canvas.shape[1]/2, canvas.shape[0]/2), rot, zoom)
     m[:, 2] += side/2 - canvas.shape[0]/2 + np.array([-pan, tilt])*side
     return cv2.warpAffine(canvas, m, (side, side), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
 
@@ -145,7 +145,7 @@ def _stamp(frame, m, im, at, d, s):
 # %% ../nbs/90_world.ipynb #90-019
 def spectral_slope(
     frame:np.ndarray, # uint8 RGB `(H,W,3)`
-)->float: # exponent a of power ~ 1/f^a, about 2 for photographs
+)->float: # exponent a of power ~ 1/f^a, 2 to 3 for photographs
     "The slope of the radially averaged power spectrum of the lightness, between 1/64 and 1/4 cycles a pixel."
     g = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY).astype(np.float64); g -= g.mean()
     s = min(g.shape); g = g[:s, :s]*np.outer(np.hanning(s), np.hanning(s))

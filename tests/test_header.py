@@ -12,7 +12,7 @@ rates = st.one_of(st.sampled_from([Fraction(r) for r in RATES if r]), st.fractio
 
 @st.composite
 def headers(draw, frames=1):
-    opts = {k: draw(st.one_of(st.none(), st.integers(k == 'group_size', top*unit).map(lambda v, u=unit: v/u if u > 1 else v))) for k,(unit,_,_,top) in SETTINGS.items()}
+    opts = {k: draw(st.one_of(st.none(), st.integers(k in ('steps', 'group_size'), top*unit).map(lambda v, u=unit: v/u if u > 1 else v))) for k,(unit,_,_,top) in SETTINGS.items()}
     return Header(draw(side), draw(side), draw(coded), draw(coded), frames, draw(rates), draw(st.sampled_from(['it2v', 'tt2v'])),
                   draw(st.sampled_from(['pair', 'led'])), draw(st.binary(min_size=4, max_size=4)), **opts)
 

@@ -202,5 +202,5 @@ def test_half_precision_unet_keeps_fp32_loras():
 
 
 def test_stratified_timesteps_cover_the_reach():
-    t, _ = lora.draw_plan(20, 2, (4, 8, 8), 400)
+    t, _ = lora.draw_plan(20, 2, 400)
     assert t.shape == (20, 2) and sorted((t.flatten()//10).tolist()) == list(range(40))

@@ -120,7 +120,7 @@ def test_table(pipe, loras):
     found = search_weights(pipe, TRUE, *ENDS, 'a', loras, **SMALL)
     rows = ablate(pipe, TRUE, *ENDS, found.q, 'a', loras, lora_steps=2, perceptual=lambda a, b: float(np.abs(a.astype(float) - b).mean()), **SMALL)
     by = {r['row']: r for r in rows}
-    assert len(by) == 6 and by['(c) full path']['mse'] == pytest.approx(found.mse.mean())
+    assert len(by) == 7 and by['(c) full path']['mse'] == pytest.approx(found.mse.mean())
     assert by['(a) linear blend']['mse'] == pytest.approx(mse(blends(uniform_schedule(7), *ENDS), TRUE).mean())
     assert by['(a) linear blend']['evaluations'] == 0 and by['(c) full path']['evaluations'] == 14
     assert by['(c) without LoRA']['mse'] != by['(c) full path']['mse'] and by['(c) without motion text']['mse'] != by['(c) full path']['mse']
