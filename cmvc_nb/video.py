@@ -283,7 +283,7 @@ class Video:
     ):
         self._frames, self._folder = _source(source, raw, fps)
         self.info = self._frames.info
-        if self.info.has_audio: print(f'cmvc: {self.info.name}: audio is dropped, CMVC codes pictures only', file=sys.stderr)
+        if self.info.has_audio and not isinstance(source, Video): print(f'cmvc: {self.info.name}: audio is dropped, CMVC codes pictures only', file=sys.stderr)
     def __iter__(self):
         n = 0
         for n, f in enumerate(self._frames, 1): yield f

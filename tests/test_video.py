@@ -30,7 +30,7 @@ def make(path, frames=None, codec='libx264', pix='yuv420p', fps=25, form=None, p
             if prepare: prepare(s)
         if audio: a = o.add_stream('aac', rate=44100)
         for i, f in enumerate(frames if frames is not None else ()):
-            v = av.VideoFrame.from_ndarray(f, format='rgba' if f.shape[-1] == 4 else 'rgb24').reformat(format=pix)
+            v = av.VideoFrame.from_ndarray(f, format='rgba' if f.shape[-1] == 4 else 'rgb24').reformat(format=pix, threads=1)
             v.pts, v.time_base = i if pts is None else pts[i], base or 1/Fraction(fps)
             o.mux(s.encode(v))
         if frames is not None: o.mux(s.encode())
@@ -107,7 +107,7 @@ def test_odd_declarations_do_not_fail():
 @pytest.mark.parametrize('pix', ['gray', 'gbrp', 'bgr0', 'rgb24', 'yuv444p16le', 'gray16le', 'gbrp10le', 'yuvj420p', 'nv12', 'yuv411p'])
 def test_pixel_formats(pix):
     grey = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (32, 1))[..., None].repeat(3, -1)
-    f = av.VideoFrame.from_ndarray(grey, format='rgb24').reformat(format=pix, dst_color_range=2 if pix.startswith(('yuvj', 'gray')) else 1)
+    f = av.VideoFrame.from_ndarray(grey, format='rgb24').reformat(format=pix, threads=1, dst_color_range=2 if pix.startswith(('yuvj', 'gray')) else 1)
     assert np.abs(to_rgb(f).astype(int) - grey).max() <= 2
 
 
@@ -252,7 +252,7 @@ def test_raw_file(tmp_path, pix, size):
     for f in F:
         with av.open(buf := io.BytesIO(), 'w', format='rawvideo') as o:
             s = o.add_stream('rawvideo', rate=25); s.width, s.height, s.pix_fmt = w, h, pix
-            v = av.VideoFrame.from_ndarray(f, format='rgb24').reformat(format=pix); v.pts, v.time_base = 0, Fraction(1, 25)
+            v = av.VideoFrame.from_ndarray(f, format='rgb24').reformat(format=pix, threads=1); v.pts, v.time_base = 0, Fraction(1, 25)
             o.mux(s.encode(v)); o.mux(s.encode())
         data += buf.getvalue()
     (tmp_path/'samples').write_bytes(data); (tmp_path/f's_{w}x{h}_50_{pix}.yuv').write_bytes(data)
