@@ -15,6 +15,7 @@ from .entropy import dequantise_weights
 from .errors import CmvcError
 from .header import Header
 from .keyframes import CODECS, decode_group, encode_group, psnr
+from .representation import describe_keyframe
 from .selection import METHODS, frame_features, m3_keyframes, select_keyframes
 from .geometry import Geometry
 from .video import Video, VideoWriter
@@ -136,16 +137,14 @@ class _Encoder(Player):
     def __init__(self, models, header, keys, opts, tell):
         self.groups, self.payloads, self.contents, self.decoded, self.source, self.scores = {}, {}, {}, {}, {}, []
         self.keys, self.opts, self.tell, self.next = keys, opts, tell, 0
-        self.small, self.judged = {}, set(np.linspace(0, len(keys)-1, min(8, len(keys))).astype(int)) # keyframes that choose the seed
+        self.words, self.judged = {}, set(np.linspace(0, len(keys)-1, min(8, len(keys))).astype(int)) # keyframes that choose the seed
         super().__init__(models, header, len(keys)-1, self.decoded.get, self.contents.get)
 
     def add(self, j, frames):
         "Take the source frames of clip `j`, both keyframes among them; describe them."
         o, d = self.opts, self.models.describer
         texts = d.describe_keyframes(frames[[0, -1]] if j == self.n_clips-1 else frames[:1], o['text_budget']) if o['texts'] else ['', '']
-        if self.header.mode == 'tt2v':
-            from cmvc_nb.tt2v import thumbnails
-            self.small |= {k: thumbnails(frames[[i]])[0] for k, i in ((j, 0), (j+1, -1)) if k in self.judged}
+        if o['tries'] > 1: self.words |= {k: describe_keyframe(frames[i]) for k, i in ((j, 0), (j+1, -1)) if k in self.judged}
         self.contents[j] = ClipContent(texts[0], d.describe_motions([frames], o['motion_budget'])[0], texts[-1] if j == self.n_clips-1 else None, None)
         self.source[j] = frames
 
@@ -175,11 +174,11 @@ class _Encoder(Player):
         found = search_weights(self.models.it2v, target, self.keyframe(j), self.keyframe(j+1), motion, self.loras(j, lambda done, total: self.tell(f'clip {j}', done, total)), self.opts['search'], **self.sampling())
         return found.q, found.frames # the frames that the decoder will make of these weights
 
-    def seed(self, tries):
-        "The seed of those tried that makes the keyframes most like the source's."
+    def seed(self):
+        "The seed of those tried whose keyframes are described most like the source's."
         from cmvc_nb.tt2v import choose_seed
         h, ks = self.header, sorted(self.judged)
-        return choose_seed(self.models.tt2v, [self.text(k) for k in ks], np.stack([self.small[k] for k in ks]), h.coded_height, h.coded_width, range(tries),
+        return choose_seed(self.models.tt2v, [self.text(k) for k in ks], [self.words[k] for k in ks], h.coded_height, h.coded_width, range(self.opts['tries']),
                            lambda done, total: self.tell('seeds', done, total), steps=h.steps, guidance_scale=h.guidance)[0]
 
     def _ready(self, j):
@@ -254,10 +253,10 @@ class Codec:
             head = Header(video.info.width, video.info.height, geo.coded_width, geo.coded_height, len(feats), video.info.fps, mode, preset=p.fingerprint(), seed=seed or 0, **base)
             for a, b in zip(keys, keys[1:]): check_clip(b-a, head)
             # 4. clips, in a second pass
-            opts = dict(codec=codec, quality=quality, texts=mode == 'tt2v' if texts is None else texts or mode == 'tt2v', text_budget=text_budget, motion_budget=motion_budget, search=search, score=score)
+            opts = dict(codec=codec, quality=quality, texts=mode == 'tt2v' if texts is None else texts or mode == 'tt2v', text_budget=text_budget, motion_budget=motion_budget, search=search, score=score, tries=tries if mode == 'tt2v' and seed is None else 1)
             work = _Encoder(self.models, head, keys, opts, tell)
             self._second_pass(work, limited(), geo)
-            if mode == 'tt2v' and seed is None and tries > 1: head.seed = work.seed(tries)
+            if opts['tries'] > 1: head.seed = work.seed()
         # 5. file
         n = range(work.n_clips)
         data = to_bytes(CmvcFile(head, [work.groups[g] for g in sorted(work.groups)], [work.payloads[j] for j in n]))

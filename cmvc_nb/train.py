@@ -339,8 +339,8 @@ def ship_part(out:Path, to:Path=None, **kw):
         if not (out/part).exists(): print('no', part, 'yet'); continue
         shutil.rmtree(to/part, ignore_errors=True); shutil.copytree(out/part, to/part)
         for f in (to/part).glob('*.safetensors'): save_file({k: v.half() if v.is_floating_point() else v for k, v in load_file(f).items()}, f, metadata={'format': 'pt'})
-    cfg = json.loads((to/'vae/config.json').read_text()); cfg.pop('block_out_channels', None) # what the class derives and then warns about
-    (to/'vae/config.json').write_text(json.dumps(cfg, indent=2))
+    for f in to.glob('*/config.json'): # without where it was trained, and what AutoencoderTiny derives and then warns about
+        f.write_text(json.dumps({k: v for k, v in json.loads(f.read_text()).items() if k != '_name_or_path' and (k, f.parent.name) != ('block_out_channels', 'vae')}, indent=2) + '\n')
     index = dict(_class_name='StableDiffusionPipeline', _diffusers_version='0.42.1', vae=['diffusers', 'AutoencoderTiny'], unet=['diffusers', 'UNet2DConditionModel'], text_encoder=['transformers', 'CLIPTextModel'],
                  tokenizer=['transformers', 'CLIPTokenizer'], scheduler=['diffusers', 'DDIMScheduler'], safety_checker=[None, None], feature_extractor=[None, None], image_encoder=[None, None], requires_safety_checker=False)
     (to/'model_index.json').write_text(json.dumps(index, indent=2))

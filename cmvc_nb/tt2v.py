@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['TextToVideo', 'fit_text', 'step_noise', 'straighten', 'windows', 'AnimateDiffTT2V', 'anchor', 'check_request',
-           'generate', 'thumbnails', 'choose_seed', 'frame_steps', 'PromptPipeline', 'resample']
+           'generate', 'choose_seed', 'frame_steps', 'PromptPipeline', 'resample']
 
 # %% ../nbs/50_tt2v.ipynb #50-002
 import re, warnings
 from collections import OrderedDict
 from typing import Callable, Protocol
-import cv2, numpy as np, torch
+import numpy as np, torch
 from .errors import CmvcError
+from .representation import agreement, describe_keyframe
 
 # %% ../nbs/50_tt2v.ipynb #50-005
 class TextToVideo(Protocol):
@@ -258,29 +259,22 @@ def generate(self, keyframe_texts, motion_text, num_frames, height=256, width=25
 AnimateDiffTT2V._sample, AnimateDiffTT2V.generate = _sample, generate
 
 # %% ../nbs/50_tt2v.ipynb #50-039
-def thumbnails(
-    frames:np.ndarray, # uint8 `(N,H,W,3)`
-    side:int=8,        # cells in height and width
-)->np.ndarray: # float32 `(N,side,side,3)`, mean colours in [0,255]
-    "What is where, roughly."
-    return np.stack([cv2.resize(f, (side, side), interpolation=cv2.INTER_AREA).astype(np.float32) for f in frames])
-
 def choose_seed(
     tv:TextToVideo,    # the decoder's generator
-    texts:list,        # of keyframes
-    small:np.ndarray,  # `thumbnails` of these keyframes of the source, `(N,side,side,3)`
+    texts:list,        # of keyframes, as the file has them
+    words:list,        # what `describe_keyframe` says of these keyframes of the source
     height:int, width:int, # coded size in pixels
     seeds=range(8),    # to try
     progress:Callable=None, # called with (seeds tried, in all)
     **options          # steps and guidance_scale, as the file has them
-)->tuple: # (the seed, mean squared error of the thumbnails for each seed)
-    "The seed whose generated keyframes look most like the source's."
-    errors = []
+)->tuple: # (the seed, mean agreement in [0,1] for each seed)
+    "The seed whose generated keyframes are described most like the source's; the first of equals."
+    scores = []
     for seed in seeds:
-        made = np.concatenate([tv.generate((a, b), '', 2, height, width, seed=seed, **options) for a, b in zip(texts[::2], texts[1::2] + texts[-1:])])[:len(texts)]
-        errors.append(float(np.mean((thumbnails(made, small.shape[1]) - small)**2)))
-        if progress: progress(len(errors), len(seeds))
-    return seeds[int(np.argmin(errors))], errors
+        pairs = [tv.generate(ends, '', 2, height, width, seed=seed, **options) for ends in zip(texts[::2], texts[1::2] + texts[-1:])]
+        scores.append(float(np.mean([agreement(describe_keyframe(f), w) for f, w in zip(np.concatenate(pairs), words)])))
+        if progress: progress(len(scores), len(seeds))
+    return seeds[int(np.argmax(scores))], scores
 
 # %% ../nbs/50_tt2v.ipynb #50-030
 def frame_steps(
