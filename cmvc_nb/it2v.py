@@ -139,7 +139,7 @@ def shares(
 )->tuple:        # γ (B,1,H,W) share of the lost detail, m (1,1,H,W) share of the generated picture
     "How much detail to give back, and how much to generate, at each pixel."
     c = (w*(1-w)).clamp(min=0)[:, None, None, None]         # beside a keyframe its detail is right
-    return 1/(1 + 2*sigma*c*(1-tau)*(1-rho)/(rho + .02)), top*(1 - rho*tau)
+    return .5 + .5/(1 + 2*sigma*c*(1-tau)*(1-rho)/(rho + .02)), top*(1 - rho*tau)
 
 # %% ../nbs/61_it2v.ipynb #61-021
 class DualLoRAPipeline(DiffusionPipeline):
