@@ -63,7 +63,7 @@ def trellis(
 def true_bits(q)->float: # (F,2) ints
     "What the entropy coder charges for these weights."
     e = Encoder()
-    e.weights(q, LEVELS)
+    e.weights(q)
     return sum(b for _, b in e.bits)
 
 # %% ../nbs/62_search.ipynb #62-013
