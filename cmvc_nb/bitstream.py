@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['FRAME_BITS', 'MAX_SECTIONS', 'Group', 'Clip', 'Track', 'Section', 'keyframes_of_clip', 'storage_order', 'frame_bits',
            'line_bytes', 'head_bytes', 'read_head', 'keyframe_indices', 'CmvcFile', 'to_bytes', 'CmvcReader',
-           'open_cmvc', 'parse', 'verify', 'groups_of_clips', 'streams_of_clips', 'content', 'keyframe_text',
-           'drop_images']
+           'open_cmvc', 'parse', 'verify', 'content', 'keyframe_text', 'drop_images']
 
 # %% ../nbs/34_bitstream.ipynb #34-003
 import io
@@ -245,25 +244,6 @@ def verify(
     except BitstreamError as e: return [str(e)]
 
 # %% ../nbs/34_bitstream.ipynb #34-032
-def _keyframes(r, clips):
-    n = len(r.lengths)
-    if bad := [j for j in clips if not 0 <= j < n]: raise CmvcError(f"there is no clip {bad[0]}: the file has clips 0 to {n-1}")
-    return {k for j in clips for k in keyframes_of_clip(j, r.header.topology)}
-
-def groups_of_clips(
-    r:CmvcReader,
-    clips, # numbers of clips, for example range(3, 5)
-)->list: # numbers of the groups that hold their keyframes; none in tt2v
-    "Which groups must be read to decode `clips`?"
-    return sorted({k//r.header.group_size for k in _keyframes(r, clips)}) if r.header.mode == 'it2v' else []
-
-def streams_of_clips(
-    r:CmvcReader,
-    clips, # numbers of clips
-)->list: # numbers of clips
-    "Which clips' streams hold `clips` and the texts of their keyframes?"
-    return sorted({min(k, len(r.lengths)-1) for k in _keyframes(r, clips)} | set(clips))
-
 def content(
     r:CmvcReader,
     j:int, # clip

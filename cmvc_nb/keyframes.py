@@ -82,9 +82,9 @@ def decode_units(
     return [f.to_ndarray() for f in out]
 
 # %% ../nbs/30_keyframes.ipynb #30-017
-def _varint(n): return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + _varint(n >> 7)
+def _leb128(n): return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + _leb128(n >> 7)
 
-def _read_varint(data, i):
+def _read_leb128(data, i):
     n = 0
     for k, b in enumerate(data[i:i+4]):
         n |= (b & 127) << 7*k
@@ -93,7 +93,7 @@ def _read_varint(data, i):
 
 def obu(kind, payload)->bytes:
     "One AV1 unit, with its length."
-    return bytes([kind << 3 | 2]) + _varint(len(payload)) + payload
+    return bytes([kind << 3 | 2]) + _leb128(len(payload)) + payload
 
 def obus(
     data:bytes, # AV1 units, each with its length
@@ -101,7 +101,7 @@ def obus(
     "Split an AV1 stream into its units."
     i, out = 0, []
     while i < len(data):
-        kind, (n, j) = data[i] >> 3 & 15, _read_varint(data, i+1)
+        kind, (n, j) = data[i] >> 3 & 15, _read_leb128(data, i+1)
         if data[i] & 0x86 != 2 or j+n > len(data): raise BitstreamError('keyframe group: not a row of AV1 units; the file is damaged')
         out.append((kind, data[j:j+n])); i = j+n
     return out
@@ -132,11 +132,11 @@ def sequence_header(
     return int(bits + '0'*(-len(bits) % 8), 2).to_bytes((len(bits)+7)//8, 'big')
 
 # %% ../nbs/30_keyframes.ipynb #30-023
-def _join(parts): return b''.join(_varint(len(p)) for p in parts[:-1]) + b''.join(parts)  # the last length is the rest
+def _join(parts): return b''.join(_leb128(len(p)) for p in parts[:-1]) + b''.join(parts)  # the last length is the rest
 
 def _split(data, n):
     i, lengths, parts = 0, [], []
-    for _ in range(n-1): k, i = _read_varint(data, i); lengths.append(k)
+    for _ in range(n-1): k, i = _read_leb128(data, i); lengths.append(k)
     if i + sum(lengths) > len(data): raise BitstreamError('keyframe group: shorter than its lengths say; the file is damaged')
     for k in lengths: parts.append(data[i:i+k]); i += k
     return [*parts, data[i:]]

@@ -7,8 +7,8 @@ from hypothesis import given, settings, strategies as st
 from cmvc_nb.entropy import Decoder
 from cmvc_nb.errors import CmvcError, BitstreamError
 from cmvc_nb.header import Header, crc16, header_bytes, varint, SETTINGS
-from cmvc_nb.bitstream import (Clip, ClipContent, CmvcFile, Group, Track, content, drop_images, groups_of_clips, keyframe_text, keyframes_of_clip,
-    open_cmvc, pack_clip, parse, storage_order, streams_of_clips, to_bytes, unpack_clip, verify)
+from cmvc_nb.bitstream import (Clip, ClipContent, CmvcFile, Group, Track, content, drop_images, keyframe_text, keyframes_of_clip,
+    open_cmvc, pack_clip, parse, storage_order, to_bytes, unpack_clip, verify)
 from test_header import headers
 
 H = Header(256, 256, 256, 256, 33, 30, preset=b'\xa7\x1e\x02\xd4')
@@ -216,17 +216,6 @@ def test_any_content_comes_back(a, b, last, frames, seed):
     assert same(unpack_clip(p, H, frames, last is not None, bits), c) and p == pack_clip(c)
     assert [k for k,_ in bits] == ['keyframe text', 'motion text'] + ['keyframe text']*(last is not None) + ['weights']*1
     assert all(x >= 0 for _,x in bits)
-
-def test_which_sections_a_clip_needs():
-    f, _ = speaking()
-    with open_cmvc(f) as r:
-        assert [groups_of_clips(r, [j]) for j in range(3)] == [[0], [0, 1], [1]] and groups_of_clips(r, range(3)) == [0, 1] and groups_of_clips(r, []) == []
-        assert [streams_of_clips(r, [j]) for j in range(3)] == [[0, 1], [1, 2], [2]]
-        for bad in [3], [-1], range(2, 9):
-            with pytest.raises(CmvcError, match='no clip'): groups_of_clips(r, bad)
-    with open_cmvc(speaking(topology='led')[0]) as r:
-        assert [groups_of_clips(r, [j]) for j in range(3)] == [[0], [0], [1]] and [streams_of_clips(r, [j]) for j in range(3)] == [[0], [1], [2]]
-    with open_cmvc(speaking('tt2v')[0]) as r: assert groups_of_clips(r, range(3)) == []
 
 @pytest.mark.parametrize('topology', ['pair', 'led'])
 def test_dropping_images(topology):
