@@ -12,7 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
-from .errors import CmvcError
+from .errors import CmvcError, check_writable, write_whole
 
 # %% ../nbs/71_cli.ipynb #71-005
 # the command `cmvc`; each function below adds one of its commands
@@ -102,8 +102,8 @@ def decode(
     preset:Preset='tiny', device:Device=None, dtype:Dtype=None, as_json:Json=False, quiet:Quiet=False,
 ):
     "Decode a .cmvc file to a video."
-    from cmvc_nb.codec import Codec, _unwritable
-    if output != '-' and (why := _unwritable(output)): raise CmvcError(why)
+    from cmvc_nb.codec import Codec
+    if output != '-': check_writable(output)
     c = Codec.from_pretrained(preset, device, dtype)
     with Bars(quiet or as_json) as bars: d = c.decode(file, output, _clips(clips), force, salvage, bars)
     for p in d.problems: print(f'cmvc: {p}', file=sys.stderr)
@@ -150,14 +150,13 @@ def convert(
 ):
     "Change the mode of a file without the source."
     from cmvc_nb.bitstream import drop_images, open_cmvc, to_bytes
-    from cmvc_nb.codec import _unwritable, _write
     from cmvc_nb.models import load_preset
     if mode is Mode.it2v: raise CmvcError('convert to it2v: the images are not in a tt2v file; encode the source again')
-    if why := _unwritable(output): raise CmvcError(why)
+    check_writable(output)
     p = load_preset(preset)
     with open_cmvc(file) as f: theirs = f.header.preset
     if theirs != p.fingerprint(): raise CmvcError(f"the file was made with models {theirs.hex()}, preset {p.name} is {p.fingerprint().hex()}: name the right --preset")
-    data = to_bytes(drop_images(file, steps=p.settings.get('steps'), guidance=p.settings.get('guidance_scale'))); _write(output, data)
+    data = to_bytes(drop_images(file, steps=p.settings.get('steps'), guidance=p.settings.get('guidance_scale'))); write_whole(output, data)
     _out(as_json, dict(path=str(output), bytes=len(data)), f"{output}: {len(data):,} bytes, tt2v")
 
 @app.command(epilog='**Example**\n\n`cmvc models --json`')

@@ -6,13 +6,12 @@
 __all__ = ['MAX_CLIP', 'PAPER', 'Player', 'check_clip', 'Encoded', 'Codec', 'Decoded']
 
 # %% ../nbs/70_codec.ipynb #70-002
-import os
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from .bitstream import Clip, ClipContent, CmvcFile, Group, content, open_cmvc, pack_clip, to_bytes
 from .entropy import dequantise_weights
-from .errors import CmvcError
+from .errors import CmvcError, check_writable, write_whole
 from .header import Header
 from .keyframes import CODECS, decode_group, encode_group, psnr
 from .representation import describe_keyframe
@@ -117,19 +116,6 @@ class Encoded:
 
 PAPER = dict(steps=50, lora_steps=100) # the paper's: 100 training steps, 50 sampling steps
 
-def _write(path, data):
-    path = Path(path); tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try: tmp.write_bytes(data); os.replace(tmp, path)
-    except OSError as e:
-        tmp.unlink(missing_ok=True) if tmp.parent.is_dir() else None
-        raise CmvcError(f"{path}: cannot be written ({(e.strerror or str(e)).lower()})") from None
-    return path
-
-def _unwritable(path):
-    path = Path(path)
-    if path.is_dir(): return f"{path}: is a folder, expected a file to write"
-    if not path.absolute().parent.is_dir(): return f"{path}: the folder {path.absolute().parent} does not exist"
-    if not os.access(path.absolute().parent, os.W_OK): return f"{path}: the folder is not writable"
 
 # %% ../nbs/70_codec.ipynb #70-009
 class _Encoder(Player):
@@ -233,7 +219,7 @@ class Codec:
         if settings not in (None, 'preset', 'paper'): raise CmvcError(f"settings '{settings}': expected preset or paper")
         for name, v, low in (('keyframes', keyframes, 2), ('interval', interval, 1), ('max_frames', max_frames, 2), ('seed', seed, 0), ('tries', tries, 1)):
             if v is not None and (isinstance(v, bool) or not isinstance(v, (int, np.integer)) or v < low): raise CmvcError(f"{name} is {v!r}: expected a whole number from {low}")
-        if path is not None and (why := _unwritable(path)): raise CmvcError(why)
+        if path is not None: check_writable(path)
         with Video(source, raw=raw, fps=fps) as video:
             # 2. choose keyframes, in a first pass
             def limited(): yield from (f for _, f in zip(range(max_frames or 2**62), video))
@@ -260,7 +246,7 @@ class Codec:
         # 5. file
         n = range(work.n_clips)
         data = to_bytes(CmvcFile(head, [work.groups[g] for g in sorted(work.groups)], [work.payloads[j] for j in n]))
-        return Encoded(data, keys, work.scores, _write(path, data) if path is not None else None)
+        return Encoded(data, keys, work.scores, write_whole(path, data) if path is not None else None)
 
     def _second_pass(self, work, frames, geo):
         keys, size = work.keys, work.header.group_size
@@ -326,12 +312,14 @@ def _decode(self,
         lost = [f"clip {j-1}: generated without the text that clip {j} has for the keyframe between them" for j in range(a+1, min(b+1, n)) if player.damaged(j)]
         return Decoded(None if sink else np.stack(out), h.fps, list(r.problems) + lost, path, count)
 
-def _keep(fetch, most=3):
-    have = {}
+def _keep(fetch, most=3): # the last few results, and all that is damaged: nothing is read twice to find that out
+    have, lost = {}, set()
     def get(k):
+        if k in lost: return None
         if k not in have:
+            if (v := fetch(k)) is None: lost.add(k); return None
             if len(have) >= most: del have[next(iter(have))]
-            have[k] = fetch(k)
+            have[k] = v
         return have[k]
     return get
 

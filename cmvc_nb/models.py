@@ -7,12 +7,12 @@ __all__ = ['PRESETS', 'GENERATOR', 'Preset', 'list_presets', 'load_preset', 'par
            'clip_embed', 'load_models']
 
 # %% ../nbs/40_models.ipynb #40-002
-import hashlib, json, os, sys
+import hashlib, json, os
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 import numpy as np, yaml
-from .errors import CmvcError
+from .errors import CmvcError, say_once
 
 # %% ../nbs/40_models.ipynb #40-005
 # the folder of the presets that come with this package
@@ -147,8 +147,6 @@ def fingerprint(preset:Preset)->bytes: # 4 bytes
 Preset.fingerprint = fingerprint
 
 # %% ../nbs/40_models.ipynb #40-019
-_SAID = set()
-
 def pick_device(
     device:str=None, # 'cpu', 'cuda', 'cuda:1', 'mps'; None chooses a GPU if there is one
     dtype:str=None,  # 'float32', 'bfloat16', 'float16' or a torch.dtype; None chooses
@@ -166,7 +164,7 @@ def pick_device(
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
-    if (said := f"cmvc: computing on {dev} in {str(kind)[6:]}") not in _SAID: _SAID.add(said); print(said, file=sys.stderr)
+    say_once(f'computing on {dev} in {str(kind)[6:]}')
     return dev, kind
 
 # %% ../nbs/40_models.ipynb #40-022

@@ -334,6 +334,25 @@ def test_iterables(tmp_path):
         with pytest.raises(CmvcError): Video(bad)
 
 
+def test_iterables_of_floats():
+    "One scale for all frames: a bright frame of a video in [-1, 1] has no negative value. And no message names the folder where they were put aside."
+    F = drawn(20, 10, 3); F[1] = F[1]//4 + 191
+    with Video(iter(F/127.5 - 1)) as v: assert (np.stack(list(v)) == F).all()
+    with Video(iter(F/255)) as v: assert (np.stack(list(v)) == F).all()
+    with pytest.raises(CmvcError, match='frame 1 has values below 0'): Video([F[0]/255, F[0]/255 - 1])
+    with pytest.raises(CmvcError, match='^frames: '): Video([F[0], F[0, :5]])
+
+
+def test_pixels_that_are_not_square(tmp_path, capfd):
+    "Taken as square, and it is said."
+    with av.open(str(tmp_path/'n.mp4'), 'w') as c:
+        s = c.add_stream('libx264', rate=25); s.width, s.height, s.pix_fmt, s.codec_context.sample_aspect_ratio = 64, 48, 'yuv420p', Fraction(16, 15)
+        for f in drawn(): c.mux(s.encode(av.VideoFrame.from_ndarray(f, 'rgb24')))
+        c.mux(s.encode())
+    assert (Video(tmp_path/'n.mp4').info.width, Video(tmp_path/'n.mp4').info.aspect) == (64, Fraction(16, 15))
+    assert capfd.readouterr().err == 'cmvc: n.mp4: pixels are 16/15 as wide as high, and are taken as square\n'
+
+
 def test_reading_holds_few_frames(tmp_path):
     "Memory does not grow with length: of 300 frames read one after another, a handful lives at any time."
     path = make(tmp_path/'l.mp4', drawn(64, 48, 300))
