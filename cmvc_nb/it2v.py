@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .errors import CmvcError
 from .lora import _levels, attach, deterministic, fit_keyframes, lora_weights, split, write_lora
+from .tt2v import vae_batch
 
 # %% ../nbs/61_it2v.ipynb #61-006
 def uniform_schedule(
@@ -156,6 +157,7 @@ class DualLoRAPipeline(DiffusionPipeline):
         if unet.config.in_channels != unet.config.out_channels:
             raise CmvcError(f'a UNet with {unet.config.in_channels} channels in and {unet.config.out_channels} out is not a text-to-image model')
         for part in (vae, text_encoder, unet): part.requires_grad_(False).eval()
+        vae.to(memory_format=torch.channels_last) # a third faster
         self.loras = OrderedDict()
         halvings = lambda c: len(c.get('block_out_channels') or c['encoder_block_out_channels']) - 1
         self.multiple = 2**(halvings(vae.config) + halvings(unet.config)) # what width and height must divide by
@@ -178,7 +180,8 @@ class DualLoRAPipeline(DiffusionPipeline):
     def to_image(self, z):
         "Invert `to_latents`."
         c = self.vae.config
-        return self.vae.decode((z/c.scaling_factor + (getattr(c, 'shift_factor', None) or 0)).to(self.vae.dtype)).sample.float()
+        z = (z/c.scaling_factor + (getattr(c, 'shift_factor', None) or 0)).to(self.vae.dtype)
+        return torch.cat([self.vae.decode(part).sample.float() for part in z.split(vae_batch(z.device))])
 
 # %% ../nbs/61_it2v.ipynb #61-023
 @torch.no_grad()
