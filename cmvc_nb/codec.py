@@ -14,10 +14,11 @@ from .entropy import dequantise_weights
 from .errors import CmvcError, check_writable, write_whole
 from .header import Header
 from .keyframes import CODECS, decode_group, encode_group, psnr
-from .representation import describe_keyframe
+from .representation import describe_keyframe, parse_regions
 from .selection import METHODS, frame_features, m3_keyframes, select_keyframes
 from .geometry import Geometry
 from .video import Video, VideoWriter
+from .words import Words, load_words
 
 # %% ../nbs/70_codec.ipynb #70-006
 class Player:
@@ -118,21 +119,28 @@ PAPER = dict(steps=50, lora_steps=100) # the paper's: 100 training steps, 50 sam
 
 
 # %% ../nbs/70_codec.ipynb #70-009
+def _said(describer, clips, last, o): # texts of the clips' first keyframes, and of the very last one; motion texts
+    texts = describer.describe_keyframes(np.stack([c[0] for c in clips] + [clips[-1][-1]]*last), o['text_budget']) if o['texts'] else ['']*(len(clips)+last)
+    return texts, describer.describe_motions(clips, o['motion_budget'])
+
 class _Encoder(Player):
     "An encoder at work on one video: fills in groups and clips, and plays them to score weights."
     def __init__(self, models, header, keys, opts, tell):
         self.groups, self.payloads, self.contents, self.decoded, self.source, self.scores = {}, {}, {}, {}, {}, []
-        self.keys, self.opts, self.tell, self.next = keys, opts, tell, 0
+        self.keys, self.opts, self.tell, self.next, self.waiting = keys, opts, tell, 0, []
         self.words, self.judged = {}, set(np.linspace(0, len(keys)-1, min(8, len(keys))).astype(int)) # keyframes that choose the seed
         super().__init__(models, header, len(keys)-1, self.decoded.get, self.contents.get)
 
     def add(self, j, frames):
-        "Take the source frames of clip `j`, both keyframes among them; describe them."
-        o, d = self.opts, self.models.describer
-        texts = d.describe_keyframes(frames[[0, -1]] if j == self.n_clips-1 else frames[:1], o['text_budget']) if o['texts'] else ['', '']
-        if o['tries'] > 1: self.words |= {k: describe_keyframe(frames[i]) for k, i in ((j, 0), (j+1, -1)) if k in self.judged}
-        self.contents[j] = ClipContent(texts[0], d.describe_motions([frames], o['motion_budget'])[0], texts[-1] if j == self.n_clips-1 else None, None)
-        self.source[j] = frames
+        "Take the source frames of clip `j`, both keyframes among them; describe as many clips at once as the describer likes."
+        o, last = self.opts, j == self.n_clips-1
+        self.source[j] = frames; self.waiting.append(j)
+        if o['words']: said = o['words'].texts[j:j+1+last] if o['texts'] else ['']*(1+last), o['words'].motions[j:j+1]
+        elif len(self.waiting) < getattr(self.models.describer, 'batch_size', 1) and not last: return
+        else: said = _said(self.models.describer, [self.source[i] for i in self.waiting], last, o)
+        for i, k in enumerate(self.waiting): self.contents[k] = ClipContent(said[0][i], said[1][i], said[0][-1] if k == self.n_clips-1 else None, None)
+        if o['tries'] > 1: self.words |= {k: o['words'].texts[k] if o['words'] else describe_keyframe(self.source[i][e]) for i in self.waiting for k, e in ((i, 0), (i+1, -1)) if k in self.judged}
+        self.waiting = []
 
     def image(self, g, frames):
         "Code keyframe group `g` and decode it again."
@@ -172,6 +180,44 @@ class _Encoder(Player):
         ks = {k for first in (j//2*2, (j+1)//2*2) for k in (first, first+1) if k <= self.n_clips}
         return all(k//self.header.group_size in self.decoded and min(k, self.n_clips-1) in self.contents for k in ks)
 
+# %% ../nbs/70_codec.ipynb #70-022
+def _check(selection, **numbers): # name=(value, smallest)
+    if selection not in METHODS: raise CmvcError(f"selection '{selection}': expected one of {', '.join(METHODS)}")
+    for name, (v, low) in numbers.items():
+        if v is not None and (isinstance(v, bool) or not isinstance(v, (int, np.integer)) or v < low): raise CmvcError(f"{name} is {v!r}: expected a whole number from {low}")
+
+def _keys(self, video, tell, keyframes, interval, selection, both, seed, max_frames, words): # frame numbers, number of frames
+    def counted():
+        total = video.info.frames and min(video.info.frames, max_frames or 2**62)
+        for i, f in zip(range(max_frames or 2**62), video): tell('selection', i+1, total); yield f
+    feats = frame_features(counted(), 'uniform' if words else selection, None if words else self.models.clip_embed)
+    if len(feats) < 2: raise CmvcError(f"{video.info.name if video.info.name != 'array' else 'the video'} has one frame: a clip needs two")
+    if words:
+        if words.keyframes[-1] != len(feats)-1:
+            raise CmvcError(f"the words' last keyframe is frame {words.keyframes[-1]}, the clip's last frame is {len(feats)-1}: describe this clip, with the same number of frames")
+        return words.keyframes, len(feats)
+    if selection == 'm3' and not keyframes: return m3_keyframes(feats, min_gap=min(4, interval or 4), max_gap=interval or 128), len(feats)
+    return select_keyframes(feats, keyframes, None if keyframes else interval or 16, selection, seed or 0, both=both and selection in ('cosine', 'mse')), len(feats)
+
+def _clips(video, keys, geo): # frames of each clip at the coded size, both keyframes among them
+    clip, j = [], 1
+    for t, f in enumerate(video):
+        clip.append(geo.to_coded(f))
+        if t != keys[j]: continue
+        yield np.stack(clip)
+        clip, j = clip[-1:], j+1
+        if j == len(keys): return
+    raise CmvcError(f"the video gave {keys[-1]+1} frames at first and fewer the second time: is the file changing?")
+
+def _second_pass(work, clips):
+    pending, size = [], work.header.group_size
+    for j, clip in enumerate(clips):
+        work.add(j, clip)
+        for k, f in ((j, clip[0]), (j+1, clip[-1]))[j > 0:] if work.header.mode == 'it2v' else ():
+            pending.append(f)
+            if len(pending) == size or k == work.n_clips: work.image(k//size, np.stack(pending)); pending = []
+        work.finish()
+
 # %% ../nbs/70_codec.ipynb #70-011
 class Codec:
     "Cross-modality video codec: `encode` to a `.cmvc` file, `decode` it again."
@@ -200,6 +246,7 @@ class Codec:
         texts:bool=None,      # send keyframe texts; None: only where the mode needs them
         text_budget:int=None, # UTF-8 bytes of a keyframe's text at most
         motion_budget:int=None, # and of a motion's
+        words=None,           # `Words` or a page of them: which frames are keyframes, and all texts; the describer is not asked
         search:str='batched', # of w_i and w_l: 'batched', 'gradient' (eq. 7, 8) or None (uniform)
         size=None,            # working size in pixels or (width, height); None: the preset's
         seed:int=None,        # None: 0, or in tt2v the best of `tries`
@@ -214,21 +261,16 @@ class Codec:
         # 1. check
         tell = progress or (lambda *a: None)
         if mode not in ('it2v', 'tt2v'): raise CmvcError(f"mode '{mode}': expected it2v or tt2v")
-        if selection not in METHODS: raise CmvcError(f"selection '{selection}': expected one of {', '.join(METHODS)}")
+        _check(selection, keyframes=(keyframes, 2), interval=(interval, 1), max_frames=(max_frames, 2), seed=(seed, 0), tries=(tries, 1))
         if search not in ('batched', 'gradient', None): raise CmvcError(f"search '{search}': expected batched or gradient")
         if settings not in (None, 'preset', 'paper'): raise CmvcError(f"settings '{settings}': expected preset or paper")
-        for name, v, low in (('keyframes', keyframes, 2), ('interval', interval, 1), ('max_frames', max_frames, 2), ('seed', seed, 0), ('tries', tries, 1)):
-            if v is not None and (isinstance(v, bool) or not isinstance(v, (int, np.integer)) or v < low): raise CmvcError(f"{name} is {v!r}: expected a whole number from {low}")
         if path is not None: check_writable(path)
+        if words is not None:
+            words = load_words(words)
+            if keyframes or interval: raise CmvcError('the words say which frames are keyframes: leave keyframes and interval out')
         with Video(source, raw=raw, fps=fps) as video:
             # 2. choose keyframes, in a first pass
-            def limited(): yield from (f for _, f in zip(range(max_frames or 2**62), video))
-            def counted():
-                for i, f in enumerate(limited()): tell('selection', i+1, video.info.frames and min(video.info.frames, max_frames or 2**62)); yield f
-            feats = frame_features(counted(), selection, self.models.clip_embed)
-            if len(feats) < 2: raise CmvcError(f"{source if isinstance(source, (str, Path)) else 'the video'} has one frame: a clip needs two")
-            if selection == 'm3' and not keyframes: keys = m3_keyframes(feats, min_gap=min(4, interval or 4), max_gap=interval or 128)
-            else: keys = select_keyframes(feats, keyframes, None if keyframes else interval or 16, selection, seed or 0, both=both and selection in ('cosine', 'mse'))
+            keys, count = _keys(self, video, tell, keyframes, interval, selection, both, seed, max_frames, words)
             # 3. header
             p, geo = self.models.preset, Geometry.fit(video.info.width, video.info.height, size or self.models.preset.size)
             base = p.settings | (PAPER if settings == 'paper' else {})
@@ -236,37 +278,49 @@ class Codec:
             base = dict(steps=base.get('steps'), lora_steps=base.get('lora_steps'), strength=base.get('strength'), guidance=base.get('guidance_scale')) | {k: v for k, v in given.items() if v is not None}
             if mode == 'tt2v': base |= dict(lora_steps=None, strength=None)
             else: base |= dict(guidance=None, init=_init(p.it2v.get('init')))
-            head = Header(video.info.width, video.info.height, geo.coded_width, geo.coded_height, len(feats), video.info.fps, mode, preset=p.fingerprint(), seed=seed or 0, **base)
+            head = Header(video.info.width, video.info.height, geo.coded_width, geo.coded_height, count, video.info.fps, mode, preset=p.fingerprint(), seed=seed or 0, **base)
             for a, b in zip(keys, keys[1:]): check_clip(b-a, head)
             # 4. clips, in a second pass
-            opts = dict(codec=codec, quality=quality, texts=mode == 'tt2v' if texts is None else texts or mode == 'tt2v', text_budget=text_budget, motion_budget=motion_budget, search=search, score=score, tries=tries if mode == 'tt2v' and seed is None else 1)
+            if mode == 'it2v' or seed is not None or words and not any(map(parse_regions, words.texts)): tries = 1 # nothing to choose, or nothing to choose by
+            opts = dict(codec=codec, quality=quality, texts=mode == 'tt2v' or bool(texts), text_budget=text_budget, motion_budget=motion_budget, words=words, search=search, score=score, tries=tries)
             work = _Encoder(self.models, head, keys, opts, tell)
-            self._second_pass(work, limited(), geo)
-            if opts['tries'] > 1: head.seed = work.seed()
+            _second_pass(work, _clips(video, keys, geo))
+            if tries > 1: head.seed = work.seed()
         # 5. file
-        n = range(work.n_clips)
-        data = to_bytes(CmvcFile(head, [work.groups[g] for g in sorted(work.groups)], [work.payloads[j] for j in n]))
+        data = to_bytes(CmvcFile(head, [work.groups[g] for g in sorted(work.groups)], [work.payloads[j] for j in range(work.n_clips)]))
         return Encoded(data, keys, work.scores, write_whole(path, data) if path is not None else None)
-
-    def _second_pass(self, work, frames, geo):
-        keys, size = work.keys, work.header.group_size
-        pending, clip, j = [], [], -1
-        for t, f in enumerate(frames):
-            f = geo.to_coded(f)
-            clip.append(f)
-            if t != keys[j+1]: continue
-            j += 1; pending.append(f)
-            if j: work.add(j-1, np.stack(clip))
-            clip = [f]
-            if work.header.mode == 'it2v' and (len(pending) == size or t == keys[-1]): work.image(j//size, np.stack(pending)); pending = []
-            work.finish()
-            if t == keys[-1]: break
-        if j != len(keys)-1: raise CmvcError(f"the video gave {keys[-1]+1} frames at first and fewer the second time: is the file changing?")
 
 def _init(name):
     from cmvc_nb.it2v import INITS
     if (name or INITS[0]) not in INITS: raise CmvcError(f"the preset's init {name!r}: expected one of {', '.join(INITS)}")
     return INITS.index(name or INITS[0])
+
+# %% ../nbs/70_codec.ipynb #70-025
+def _describe(self,
+    source,               # whatever `Video` takes
+    keyframes:int=None, interval:int=None, selection:str='cosine', both:bool=True, # as for `encode`
+    text_budget:int=None, # UTF-8 bytes of a keyframe's text at most
+    motion_budget:int=None, # and of a motion's
+    size=None,            # working size, as for `encode`: the describer sees what will be coded
+    seed:int=None,        # of 'random' selection
+    max_frames:int=None, raw:str=None, fps=None, # see `Video`
+    progress=None,        # called with (stage, done, total)
+)->Words:
+    "The texts of a video, for a person to edit; `encode(words=…)` takes them back."
+    tell = progress or (lambda *a: None)
+    _check(selection, keyframes=(keyframes, 2), interval=(interval, 1), max_frames=(max_frames, 2), seed=(seed, 0))
+    with Video(source, raw=raw, fps=fps) as video:
+        keys, _ = _keys(self, video, tell, keyframes, interval, selection, both, seed, max_frames, None)
+        texts, motions, waiting, d = [], [], [], self.models.describer
+        for j, clip in enumerate(_clips(video, keys, Geometry.fit(video.info.width, video.info.height, size or self.models.preset.size))):
+            waiting.append(clip); last = j == len(keys)-2
+            if len(waiting) < getattr(d, 'batch_size', 1) and not last: continue
+            said = _said(d, waiting, last, dict(texts=True, text_budget=text_budget, motion_budget=motion_budget))
+            texts += said[0]; motions += said[1]; waiting = []
+            tell('words', j+1, len(keys)-1)
+        return Words(keys, texts, motions, video.info.name if isinstance(source, (str, Path)) else '')
+
+Codec.describe = _describe
 
 # %% ../nbs/70_codec.ipynb #70-013
 @dataclass
