@@ -11,6 +11,7 @@ import re, warnings
 from collections import OrderedDict
 from typing import Callable, Protocol
 import numpy as np, torch
+from safetensors.torch import load_file
 from .errors import CmvcError
 from .representation import agreement, describe_keyframe
 
@@ -136,7 +137,7 @@ class AnimateDiffTT2V:
     @classmethod
     def from_pretrained(cls,
         folder,              # a Stable Diffusion in diffusers' layout, with safetensors
-        motion_adapter,      # folder of a MotionAdapter
+        motion_adapter,      # folder of a MotionAdapter, or a .safetensors file of one with the usual configuration
         scheduler:dict=None, # changes to the scheduler's configuration
         torch_dtype=torch.float32, use_safetensors=True, local_files_only=True, **options # of __init__
     ):
@@ -144,7 +145,9 @@ class AnimateDiffTT2V:
         from diffusers import AnimateDiffPipeline, DDIMScheduler, MotionAdapter, StableDiffusionPipeline
         load = dict(torch_dtype=torch_dtype, use_safetensors=use_safetensors, local_files_only=local_files_only)
         sd = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, feature_extractor=None, image_encoder=None, requires_safety_checker=False, **load)
-        adapter = MotionAdapter.from_pretrained(motion_adapter, **load)
+        if str(motion_adapter).endswith('.safetensors'): # as AnimateDiff-Lightning is published
+            adapter = MotionAdapter().to(torch_dtype); adapter.load_state_dict(load_file(motion_adapter))
+        else: adapter = MotionAdapter.from_pretrained(motion_adapter, **load)
         pipe = AnimateDiffPipeline(sd.vae, sd.text_encoder, sd.tokenizer, sd.unet, adapter, DDIMScheduler.from_config(sd.scheduler.config, **(scheduler or {})))
         _share(sd.unet, pipe.unet)
         for m in (pipe.vae, pipe.text_encoder, pipe.unet, sd.unet): m.eval().requires_grad_(False)

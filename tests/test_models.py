@@ -199,8 +199,6 @@ def test_a_failed_download_says_what_to_do(monkeypatch, error):
 
 
 def test_devices(capsys):
-    from cmvc_nb import models
-    models._SAID.clear()
     assert pick_device('cpu') == pick_device('cpu', 'float32') == (torch.device('cpu'), torch.float32)
     assert capsys.readouterr().err.count('cpu in float32') == 1
     assert pick_device('cpu', 'bf16')[1] == pick_device('cpu', torch.bfloat16)[1] == torch.bfloat16
