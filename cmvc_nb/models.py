@@ -101,7 +101,7 @@ def pick_device(
     device:str=None, # 'cpu', 'cuda', 'cuda:1', 'mps'; None chooses a GPU if there is one
     dtype:str=None,  # 'float32', 'bfloat16', 'float16' or a torch.dtype; None chooses
 )->tuple: # (torch.device, torch.dtype); `CmvcError` if this machine has no such device
-    "Choose where and how precisely to compute, and say so once."
+    "Choose where and how precisely to compute."
     import torch
     try: dev = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     except RuntimeError: raise CmvcError(f"device '{device}': expected cpu, cuda, cuda:0, … or mps") from None
@@ -114,7 +114,6 @@ def pick_device(
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
-    say_once(f'computing on {dev} in {str(kind)[6:]}')
     return dev, kind
 
 # %% ../nbs/40_models.ipynb #40-022
@@ -158,7 +157,10 @@ class Models:
     "The models of one preset on one device, each loaded when first used."
     def __init__(self, preset:Preset, device, dtype): self.preset, self.device, self.dtype = preset, device, dtype
 
+    def _say(self): say_once(f'computing on {self.device} in {str(self.dtype)[6:]}')
+
     def _load(self, make, role, *more, **options): # `make(folder, …)` on our device, in our precision
+        self._say()
         at = [part_folder(self.preset, r) for r in (role, *more)]
         how = dict(torch_dtype=self.dtype, use_safetensors=True, local_files_only=True)
         return _quietly(lambda: make()(*at, **how, **options).to(self.device), f"{role} in {' with '.join(map(str, at))}", self.preset.name)
@@ -185,7 +187,7 @@ class Models:
     @cached_property
     def clip(self):
         "open_clip's model, in evaluation mode, float32."
-        at = part_folder(self.preset, 'clip')
+        at = part_folder(self.preset, 'clip'); self._say()
         def load():
             import open_clip
             return open_clip.create_model(f'local-dir:{at}', device=self.device, require_pretrained=True, weights_only=True).eval().requires_grad_(False)

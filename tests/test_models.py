@@ -86,8 +86,10 @@ def test_fingerprint_is_read_once(folder, monkeypatch):
     assert load_preset(folder).fingerprint() == one
 
 
-def test_everything_loads_by_one_road(folder):
+def test_everything_loads_by_one_road(folder, capsys):
     m = load_models(folder, 'cpu')
+    m.describer, m.tt2v, m.it2v
+    assert capsys.readouterr().err == 'cmvc: computing on cpu in float32\n'    # once, when the first weights load
     assert m.tt2v.pipe.unet.dtype == torch.float32 and not m.tt2v.pipe.unet.training
     assert m.describer.describe_keyframes(frames(1))[0]
     assert type(m.it2v).__name__ == 'DualLoRAPipeline' and m.it2v.unet is not m.tt2v.image_unet     # LoRAs of one never reach the other
@@ -200,7 +202,7 @@ def test_a_failed_download_says_what_to_do(monkeypatch, error):
 
 def test_devices(capsys):
     assert pick_device('cpu') == pick_device('cpu', 'float32') == (torch.device('cpu'), torch.float32)
-    assert capsys.readouterr().err.count('cpu in float32') == 1
+    assert capsys.readouterr().err == ''
     assert pick_device('cpu', 'bf16')[1] == pick_device('cpu', torch.bfloat16)[1] == torch.bfloat16
     for bad in (('cuda:99',), ('quantum',), ('cpu', 'int3')):
         with pytest.raises(CmvcError): pick_device(*bad)

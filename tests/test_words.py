@@ -24,7 +24,7 @@ def test_a_page_comes_back(tmp_path): assert load_words(save_words(SAID, tmp_pat
 @given(st.lists(st.tuples(st.text(max_size=80), st.text(max_size=80)), min_size=2, max_size=6), st.lists(st.integers(1, 90), min_size=5, max_size=5))
 def test_any_text_comes_back(tmp_path_factory, texts, steps):
     k = [0, *np.cumsum(steps)[:len(texts)-1].tolist()]
-    w = Words(k, [a for a, _ in texts], [b for _, b in texts[1:]])
+    w = Words(k, [a for a, _ in texts], [b for _, b in texts[1:]], texts[0][1])
     assert load_words(save_words(w, tmp_path_factory.getbasetemp()/'any.yaml')) == w
 
 @pytest.mark.parametrize('page,say', [
