@@ -156,7 +156,7 @@ class _Encoder(Player):
             frames, c, n = self.source.pop(j), self.contents[j], self.keys[j+1]-self.keys[j]
             if self.header.mode == 'it2v':
                 c.weights = np.zeros((n-1, 2), int)
-                if n > 1 and self.opts['search']: c.weights, made = self._search(j, frames[1:-1], c.motion_text)
+                if n > 1 and self.opts['search'] and getattr(self.models.it2v, 'searches', True): c.weights, made = self._search(j, frames[1:-1], c.motion_text)
                 elif n > 1 and self.opts['score']: made = self.play(j, n)[1:-1]
                 if n > 1 and self.opts['score']: self.scores.append(psnr(made, frames[1:-1]))
                 for g in [g for g in self.decoded if (g+1)*self.header.group_size <= j-1]: del self.decoded[g]
@@ -228,10 +228,11 @@ class Codec:
         preset='tiny',    # preset name, YAML file, folder in diffusers' layout or hub id
         device:str=None,  # 'cpu', 'cuda' …; None chooses
         dtype:str=None,   # 'float32', 'bfloat16' …; None chooses
+        offload:str=None, # 'none', 'model', 'sequential': weights wait in the CPU's memory; None chooses
     ):
         "A codec on the models of `preset`; weights load when they are needed."
         from cmvc_nb.models import load_models
-        return cls(load_models(preset, device, dtype))
+        return cls(load_models(preset, device, dtype, offload))
 
     def encode(self,
         source,               # whatever `Video` takes: path, '-', folder, array `(T,H,W,3)`, `Video`

@@ -212,3 +212,22 @@ def test_a_describer_that_is_not_there(copy):
     p = load_preset(copy)
     p.parts['describer'] = 'video-llava'
     with pytest.raises(CmvcError, match='describer'): load_models(p, 'cpu').describer
+
+
+def test_offload(folder, monkeypatch):
+    "diffusers' own switches are thrown, on a GPU only; chosen where the page asks for more memory than there is."
+    from types import SimpleNamespace
+    from cmvc_nb import models
+    gpu, p = SimpleNamespace(type='cuda'), load_preset(folder)
+    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda d: SimpleNamespace(total_memory=8e9))
+    for memory, want in (('24 GB', 'model'), ('6 GB', 'none'), ('12.5 GB of VRAM', 'model'), ('', 'none')):
+        p.memory = memory
+        assert models.pick_offload(p, gpu) == want and models.pick_offload(p, gpu, 'sequential') == 'sequential'
+    assert models.pick_offload(p, torch.device('cpu')) == 'none'
+    for bad in (('cpu', 'model'), ('cpu', 'disk')):
+        with pytest.raises(CmvcError, match='offload'): load_models(folder, bad[0], offload=bad[1])
+    thrown = []
+    pipe = SimpleNamespace(enable_model_cpu_offload=lambda device: thrown.append(('model', device)), enable_sequential_cpu_offload=lambda device: thrown.append(('sequential', device)), to=lambda d: thrown.append(('to', d)))
+    wrap = SimpleNamespace(pipe=pipe, offloads=True, to=lambda d: thrown.append(('wrap', d)))
+    for part, how in ((pipe, 'model'), (pipe, 'sequential'), (wrap, 'model'), (wrap, 'none'), (SimpleNamespace(pipe=pipe, to=lambda d: thrown.append(('wrap', d))), 'model')): models._place(part, 'gpu', how)
+    assert thrown == [('model', 'gpu'), ('sequential', 'gpu'), ('model', 'gpu'), ('wrap', 'gpu'), ('wrap', 'gpu')]
