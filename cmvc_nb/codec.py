@@ -229,10 +229,11 @@ class Codec:
         device:str=None,  # 'cpu', 'cuda' …; None chooses
         dtype:str=None,   # 'float32', 'bfloat16' …; None chooses
         offload:str=None, # 'none', 'model', 'sequential': weights wait in the CPU's memory; None chooses
+        parts:dict=None,  # role → folder or hub id, in place of the preset's: dict(diffusion='./my-folder')
     ):
         "A codec on the models of `preset`; weights load when they are needed."
         from cmvc_nb.models import load_models
-        return cls(load_models(preset, device, dtype, offload))
+        return cls(load_models(preset, device, dtype, offload, parts))
 
     def encode(self,
         source,               # whatever `Video` takes: path, '-', folder, array `(T,H,W,3)`, `Video`

@@ -8,7 +8,7 @@ __all__ = ['PRESETS', 'GENERATOR', 'OFFLOADS', 'Preset', 'list_presets', 'load_p
 
 # %% ../nbs/40_models.ipynb #40-002
 import hashlib, json, os, re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 import numpy as np, yaml
@@ -239,7 +239,10 @@ def load_models(
     device:str=None,   # see `pick_device`
     dtype:str=None,    # see `pick_device`
     offload:str=None,  # see `pick_offload`
+    parts:dict=None,   # role → folder or hub id, in place of the preset's
 )->Models:
     "The models of `preset`; weights are read when they are needed."
     p, (dev, kind) = load_preset(preset), pick_device(device, dtype)
+    if wrong := set(parts or {}) - set(ROLES): raise CmvcError(f"part '{sorted(wrong)[0]}': expected one of {', '.join(ROLES)}")
+    if parts: p = replace(p, parts=p.parts | {r: str(Path(w).resolve()) if Path(w).exists() else w for r, w in parts.items()})
     return Models(p, dev, kind, pick_offload(p, dev, offload))

@@ -145,6 +145,9 @@ def test_bad_options(place):
     assert 'preset' in complaint(place, 'decode', 'clip.cmvc', '-o', 'x.mkv', '--preset', 'no-such')
     assert 'models' in complaint(place, 'decode', 'clip.cmvc', '-o', 'x.mkv')      # made with other weights
     assert 'device' in complaint(place, 'decode', 'clip.cmvc', '-o', 'x.mkv', '--preset', 'models', '--device', 'cuda:7')
+    assert 'offload' in complaint(place, 'decode', 'clip.cmvc', '-o', 'x.mkv', '--preset', 'models', '--device', 'cpu', '--offload', 'model')
+    for part, say in (('diffusion', 'role=where'), ('colour=x', "part 'colour'"), ('=x', "part ''"), ('diffusion=no/such/folder', 'does not exist')):
+        assert say in complaint(place, 'decode', 'clip.cmvc', '-o', 'x.mkv', '--preset', 'models', '--device', 'cpu', '--part', part)
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255), cut=st.booleans())

@@ -231,3 +231,11 @@ def test_offload(folder, monkeypatch):
     wrap = SimpleNamespace(pipe=pipe, offloads=True, to=lambda d: thrown.append(('wrap', d)))
     for part, how in ((pipe, 'model'), (pipe, 'sequential'), (wrap, 'model'), (wrap, 'none'), (SimpleNamespace(pipe=pipe, to=lambda d: thrown.append(('wrap', d))), 'model')): models._place(part, 'gpu', how)
     assert thrown == [('model', 'gpu'), ('sequential', 'gpu'), ('model', 'gpu'), ('wrap', 'gpu'), ('wrap', 'gpu')]
+
+
+def test_a_part_in_place_of_the_presets(folder, tmp_path, monkeypatch):
+    from dummies import make_dummy_sd
+    make_dummy_sd(tmp_path/'other', seed=5); monkeypatch.chdir(tmp_path)
+    a, b = load_models(folder, 'cpu'), load_models(folder, 'cpu', parts={'diffusion': 'other'})
+    assert part_folder(b.preset, 'diffusion') == tmp_path/'other' and b.preset.fingerprint() != a.preset.fingerprint() and load_preset(folder).parts['diffusion'] == '.'
+    with pytest.raises(CmvcError, match="part 'colour'"): load_models(folder, 'cpu', parts={'colour': 'x'})
