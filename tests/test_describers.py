@@ -409,3 +409,24 @@ def test_pages_refused(tmp_path, page, words):
     elif page is not None: path.write_text(yaml.safe_dump(page))
     with pytest.raises(CmvcError, match=re.escape(words)) as e: load_prompts(path)
     assert str(path) in str(e.value) and '\n' not in str(e.value)
+
+
+# ---- as part of a preset
+
+def test_a_preset_names_it(tmp_path):
+    "The same road as every other part: role, folder, options on the page; the codec writes what the model says."
+    from cmvc_nb.bitstream import keyframe_text, open_cmvc
+    from cmvc_nb.codec import Codec
+    from cmvc_nb.world import video
+    from dummies_models import make_dummy_preset
+    page = make_dummy_preset(tmp_path/'p'); FAMILIES['smolvlm2'](tmp_path/'p'/'vlm')
+    d = yaml.safe_load(page.read_text()); d['parts']['describer'] = 'vlm'; d['describe'] = dict(prompts='dialogue', frames=4, batch_size=2)
+    page.write_text(yaml.safe_dump(d))
+    codec, clip = Codec.from_pretrained(page, 'cpu'), video(np.random.default_rng(0), 9, 64, kind='pan')[0]
+    assert type(codec.models.describer) is ModelDescriber and codec.models.describer.batch_size == 2 and codec.models.describer.prompts.name == 'dialogue'
+    w = codec.describe(clip, interval=4, selection='uniform', size=64, text_budget=40, motion_budget=30)
+    assert max(len(t.encode()) for t in w.texts) <= 40 and max(len(t.encode()) for t in w.motions) <= 30 and all(w.texts + w.motions)
+    with open_cmvc(codec.encode(clip, mode='tt2v', interval=4, selection='uniform', text_budget=40, motion_budget=30, size=64, steps=2, seed=0).data) as r:
+        assert [keyframe_text(r, k) for k in range(3)] == w.texts
+    (tmp_path/'p'/'vlm'/'config.json').unlink()
+    with pytest.raises(CmvcError, match='describer in .* has no config.json'): Codec.from_pretrained(page, 'cpu').models.describer
