@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TextToVideo', 'fit_text', 'step_noise', 'straighten', 'windows', 'vae_batch', 'AnimateDiffTT2V', 'anchor',
-           'check_request', 'generate', 'choose_seed', 'frame_steps', 'PromptPipeline', 'resample']
+           'check_request', 'generate', 'choose_seed', 'frame_steps']
 
 # %% ../nbs/50_tt2v.ipynb #50-002
 import re, warnings
@@ -290,39 +290,3 @@ def frame_steps(
 )->np.ndarray: # float `(T-1,)`, mean absolute difference of each frame to the one before
     "How much each frame changes."
     return np.array([np.abs(b.astype(np.int16) - a).mean() for a, b in zip(frames, frames[1:])])
-
-# %% ../nbs/50_tt2v.ipynb #50-036
-class PromptPipeline:
-    "Any diffusers text-to-video pipeline that takes a prompt, as a `TextToVideo`."
-    def __init__(self,
-        pipe,              # callable with prompt=…, generator=…, output_type='np' that returns `.frames`
-        frames:int=16,     # frames that it makes best
-        still:int=1,       # frames of its shortest clip, whose first one is taken for a keyframe
-        **options          # more arguments of its call
-    ): self.pipe, self.frames, self.still, self.options = pipe, frames, still, options
-
-    def _call(self, prompt, frames, height, width, seed, steps, guidance_scale):
-        out = self.pipe(prompt=prompt, num_frames=frames, height=height, width=width, num_inference_steps=steps, guidance_scale=guidance_scale,
-                        generator=torch.Generator('cpu').manual_seed(seed), output_type='np', **self.options).frames
-        return np.asarray(out[0], np.float32)*255
-
-    def generate(self, keyframe_texts, motion_text, num_frames, height=256, width=256, seed=0, steps=10, guidance_scale=2., progress=None):
-        "The clip of these texts, uint8 `(num_frames,height,width,3)`; see `TextToVideo`."
-        check_request(keyframe_texts, motion_text, num_frames, height, width, steps)
-        args = height, width, seed, steps, guidance_scale
-        first, last = (self._call(t, self.still, *args)[0] for t in keyframe_texts)
-        if num_frames == 2: return _bytes(np.stack([first, last]))
-        x = self._call(f'{keyframe_texts[0]} {motion_text}'.strip(), self.frames, *args)
-        if progress: progress(1, 1)
-        return _bytes(straighten(resample(x, num_frames), first, last))
-
-def resample(
-    frames:np.ndarray, # float `(T,…)`
-    n:int,             # 2 or more
-)->np.ndarray: # `(n,…)`; the first and last stay
-    "Linear interpolation in time."
-    at = np.linspace(0, len(frames) - 1, n, dtype=np.float32)
-    i = np.minimum(at.astype(int), max(len(frames) - 2, 0)); s = (at - i).reshape(-1, *[1]*(frames.ndim - 1))
-    return frames[i]*(1 - s) + frames[np.minimum(i + 1, len(frames) - 1)]*s
-
-def _bytes(x): return x.clip(0, 255).round().astype(np.uint8)

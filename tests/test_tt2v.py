@@ -7,7 +7,8 @@ from hypothesis import given, settings, strategies as st
 
 from cmvc_nb.errors import CmvcError
 from cmvc_nb.models import load_models
-from cmvc_nb.tt2v import AnimateDiffTT2V, PromptPipeline, fit_text, frame_steps, resample, step_noise, straighten, windows
+from cmvc_nb.pipelines import resample
+from cmvc_nb.tt2v import AnimateDiffTT2V, fit_text, frame_steps, step_noise, straighten, windows
 from dummies import dummy_tokenizer
 from dummies_models import make_dummy_preset
 
@@ -168,24 +169,3 @@ def test_memory_does_not_grow_with_a_clip(tv):
         hook.remove()
         del tv.pipe.vae.decode
     assert max(sizes) <= tv.max_batch and max(decoded) <= 8 and len(tv._anchors) <= 4
-
-
-class Prompted:
-    "A pipeline that knows only prompts."
-    def __call__(self, prompt, num_frames, height, width, num_inference_steps, guidance_scale, generator, output_type):
-        g = torch.rand(num_frames, height, width, 3, generator=generator) + len(prompt) % 7/10
-        return type('Out', (), dict(frames=g.clamp(0, 1)[None].numpy()))
-
-
-@pytest.mark.parametrize('n', [2, 3, 16, 40])
-def test_any_pipeline_fits_behind_the_protocol(n):
-    p = PromptPipeline(Prompted(), frames=8)
-    one, two = p.generate((A, B), M, n, 16, 24), p.generate((B, C), 'up', n, 16, 24)
-    assert one.shape == (n, 16, 24, 3) and one.dtype == np.uint8 and (one[-1] == two[0]).all()
-    assert (one == p.generate((A, B), M, n, 16, 24)).all() and (one != p.generate((A, B), M, n, 16, 24, seed=1)).any()
-    with pytest.raises(CmvcError): p.generate((A, B), M, 1)
-
-
-def test_animatediff_itself_fits_behind_the_protocol(tv):
-    tv.pipe.set_progress_bar_config(disable=True)
-    assert PromptPipeline(tv.pipe, frames=4).generate((A, B), M, 6, 32, 32, steps=1).shape == (6, 32, 32, 3)
