@@ -20,9 +20,10 @@ def legal_length(
     n:int,      # frames wanted, 1 or more
     frames:int, # the most that the model makes well
     stride:int, # it makes stride·k + 1
+    least:int=1, # the fewest that it makes well
 )->int: # frames to ask the model for
-    "The nearest length from `n` up that the model can make, `frames` at most."
-    return min(frames, -(-(n - 1)//stride)*stride + 1)
+    "The nearest length from `n` up that the model can make, `least` at least and `frames` at most."
+    return min(frames, -(-(max(n, least) - 1)//stride)*stride + 1)
 
 def resample(
     frames:np.ndarray, # float `(T,…)`
@@ -119,15 +120,16 @@ class VideoPipeline:
         pipe,             # a pipeline, or anything that is called like one; its class only checks the rest
         frames:int=16,    # the most it makes well
         stride:int=1,     # it makes stride·k + 1 frames
+        least:int=1,      # the fewest it makes well
         multiple:int=8,   # its heights and widths are multiples of this
         call:dict=None,   # more arguments of its call, alike each time
         spare:bool=False, # parts wait in main memory until they are used, and the autoencoder works in tiles: slower, for small GPUs
         asks:tuple=(),    # arguments that a subclass gives besides
     ):
-        self.pipe, self.frames, self.stride, self.multiple, self.call, self.spare = pipe, frames, stride, multiple, dict(call or {}), spare
+        self.pipe, self.frames, self.stride, self.least, self.multiple, self.call, self.spare = pipe, frames, stride, least, multiple, dict(call or {}), spare
         self.name = pipe.__name__ if isinstance(pipe, type) else type(pipe).__name__
         self.takes = inspect.signature(pipe.__call__ if isinstance(pipe, type) else pipe).parameters
-        for k in ('frames', 'stride', 'multiple'):
+        for k in ('frames', 'stride', 'least', 'multiple'):
             if isinstance(v := getattr(self, k), bool) or not isinstance(v, int) or v < 1: raise CmvcError(f"{k} is {v!r}: expected a whole number from 1")
         if (frames - 1) % stride: raise CmvcError(f"frames is {frames}: expected {stride}k+1, the lengths that {self.name} makes")
         given = [a for a in (*self.asks, *asks) if a]
@@ -195,12 +197,12 @@ VideoPipeline.text, VideoPipeline.make = _text, _make
 # %% ../nbs/51_pipelines.ipynb #51-020
 class PromptPipeline(VideoPipeline):
     "Any text-to-video pipeline of diffusers, as a `TextToVideo`."
-    def __init__(self, pipe, frames:int=16, stride:int=1, multiple:int=8, call:dict=None, spare:bool=False, # see `VideoPipeline`
+    def __init__(self, pipe, frames:int=16, stride:int=1, least:int=1, multiple:int=8, call:dict=None, spare:bool=False, # see `VideoPipeline`
         still:int=1,  # frames of the shortest video whose first one can stand for a keyframe
         between=None, # what makes the frames between two pictures, an `EndFramesPipeline`; None: this pipeline, from text
         keep:int=32,  # pictures of keyframes to keep
     ):
-        super().__init__(pipe, frames, stride, multiple, call, spare, ('guidance_scale',))
+        super().__init__(pipe, frames, stride, least, multiple, call, spare, ('guidance_scale',))
         if isinstance(still, bool) or not isinstance(still, int) or not 1 <= still <= frames or (still - 1) % stride: raise CmvcError(f"still is {still!r}: expected {stride}k+1, {frames} at most")
         self.still, self.between, self.keep, self._anchors = still, between, keep, OrderedDict()
 
@@ -230,7 +232,7 @@ class PromptPipeline(VideoPipeline):
         if num_frames == 2: return np.stack([first, last])
         # 3. what is between them
         if self.between: return np.concatenate([first[None], self.between(first, last, prompt=motion_text, frames=num_frames - 2, num_inference_steps=steps, generator=seed, progress=tell(len(todo))).frames, last[None]])
-        x = self.make(self.text(a, motion_text, warn=False), legal_length(num_frames, self.frames, self.stride), height, width, seed, steps, tell(len(todo)), guidance_scale=guidance_scale)
+        x = self.make(self.text(a, motion_text, warn=False), legal_length(num_frames, self.frames, self.stride, self.least), height, width, seed, steps, tell(len(todo)), guidance_scale=guidance_scale)
         return put_ends(x, num_frames, first, last)
 
 # %% ../nbs/51_pipelines.ipynb #51-025

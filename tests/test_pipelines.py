@@ -20,7 +20,7 @@ A, B, C, M = 'a red sky', 'a green field', 'a blue sea', 'pans left'
 PRESETS = dict( # the presets' `tt2v`, in small
     modelscope=dict(frames=8, multiple=8, scheduler=dict(name='DPMSolverMultistepScheduler')),
     wan=dict(frames=17, stride=4, multiple=16, float32=['vae'], scheduler=dict(flow_shift=3.), call=dict(negative_prompt='blurred')),
-    cog=dict(frames=17, stride=8, multiple=16, call=dict(max_sequence_length=32)),
+    cog=dict(frames=17, stride=8, least=10, multiple=16, call=dict(max_sequence_length=32)),
     ltx=dict(frames=17, stride=8, multiple=32, call=dict(max_sequence_length=64)))
 
 
@@ -90,7 +90,7 @@ def test_guidance_steps_and_texts_matter(tv):
 
 # ---- what the pipeline is called with
 
-@pytest.mark.parametrize('name,lengths', [('modelscope', {3: 3, 8: 8, 20: 8}), ('wan', {3: 5, 6: 9, 17: 17, 40: 17}), ('ltx', {3: 9, 10: 17, 40: 17}), ('cog', {3: 9, 9: 9, 40: 17})])
+@pytest.mark.parametrize('name,lengths', [('modelscope', {3: 3, 8: 8, 20: 8}), ('wan', {3: 5, 6: 9, 17: 17, 40: 17}), ('ltx', {3: 9, 10: 17, 40: 17}), ('cog', {3: 17, 9: 17, 40: 17})])
 def test_the_model_is_asked_for_lengths_that_it_makes(loaded, monkeypatch, name, lengths):
     calls = seen(loaded[name], monkeypatch)
     for n, asked in lengths.items():
@@ -177,6 +177,17 @@ def test_between(loaded):
     assert calls[-1] == (6, 6) and tv.between.got == (M, 4, 2, 3) and (x[1:-1] == 7).all() and (x[0] == tv.anchor(A, 64, 64, 3, 2)).all() and (x[-1] == tv.anchor(B, 64, 64, 3, 2)).all()
 
 
+def test_the_layout_of_wan_as_published(loaded, tmp_path):
+    "Weights in shards, an index from before there was a second transformer, the fast tokenizer's old name, other files beside."
+    dummies_video.wan().save_pretrained(tmp_path, max_shard_size='10KB')
+    old = json.loads((tmp_path/'model_index.json').read_text())
+    for k in ('transformer_2', 'boundary_ratio', 'expand_timesteps'): del old[k]
+    (tmp_path/'model_index.json').write_text(json.dumps(old | dict(_diffusers_version='0.33.0.dev0', tokenizer=['transformers', 'T5TokenizerFast'])))
+    (tmp_path/'assets').mkdir(); (tmp_path/'README.md').write_text('x'); (tmp_path/'transformer/old.bin').write_bytes(b'not to be opened')
+    assert len(list(tmp_path.glob('transformer/*-of-*.safetensors'))) > 1 and len(list(tmp_path.glob('text_encoder/*-of-*.safetensors'))) > 1
+    assert (make(PromptPipeline.from_pretrained(tmp_path, **PRESETS['wan'])) == make(loaded['wan'])).all()
+
+
 # ---- bad folders and bad options
 
 def broken(folder, tmp_path, change):
@@ -239,13 +250,29 @@ def test_modelscope_may_leave_diffusers(folders, monkeypatch):
     (dict(call=dict(generator=1)), 'call has generator, which the codec gives itself'),
     (dict(frames=16), 'frames is 16: expected 4k'),
     (dict(still=2), 'still is 2: expected 4k'), (dict(still=21), 'still is 21'), (dict(still=True), 'still is True'),
-    (dict(stride=0), 'stride is 0'), (dict(multiple=1.5), 'multiple is 1.5'),
+    (dict(stride=0), 'stride is 0'), (dict(least=0), 'least is 0'), (dict(multiple=1.5), 'multiple is 1.5'),
     (dict(frame=16), "unexpected keyword argument 'frame'; it has the options frames, stride"),
     (dict(pipeline='Nonsense'), 'has no Nonsense'),
 ])
 def test_bad_options_are_refused_before_the_weights_are_read(folders, monkeypatch, options, words):
     monkeypatch.setattr('cmvc_nb.pipelines.load_pipeline', lambda *a: pytest.fail('read the weights'))
     with pytest.raises(CmvcError, match=words): PromptPipeline.from_pretrained(folders['wan'], **PRESETS['wan'] | options)
+
+
+def test_what_a_pipeline_swallows_is_refused_too():
+    "AnimateDiff's call has **kwargs, for names of old; what is not of diffusers may mean them."
+    from diffusers import AnimateDiffPipeline
+    with pytest.raises(CmvcError, match='AnimateDiffPipeline does not take fps;'): PromptPipeline(AnimateDiffPipeline, call=dict(fps=8))
+    class Open(Prompted):
+        def __call__(self, **options): return Prompted.__call__(self, **{k: v for k, v in options.items() if k != 'fps'})
+    assert make(PromptPipeline(Open(), call=dict(fps=8))).shape == (5, 64, 64, 3)
+
+
+def test_moving_forgets_the_pictures(folders):
+    "Another device makes them a little differently."
+    tv = PromptPipeline.from_pretrained(folders['ltx'], **PRESETS['ltx'])
+    make(tv, n=2)
+    assert tv._anchors and not tv.to('cpu')._anchors
 
 
 @pytest.mark.parametrize('scheduler,words', [(dict(flow_shit=3.), 'flow_shit, which diffusers.* UniPC'), (dict(name='Nonsense'), 'Nonsense')])
@@ -260,7 +287,7 @@ def test_bad_requests(loaded, kwargs):
 
 def test_wrong_lengths_are_found_out(folders):
     "CogVideoX makes 8 frames where 5 are asked for, although it says 4k+1."
-    tv = PromptPipeline.from_pretrained(folders['cog'], **PRESETS['cog'] | dict(stride=4))
+    tv = PromptPipeline.from_pretrained(folders['cog'], **PRESETS['cog'] | dict(stride=4, least=1))
     with pytest.raises(CmvcError, match=r'made \(8, 64, 64, 3\) where \(5, 64, 64, 3\) was asked for: correct stride'): make(tv, n=5)
 
 
@@ -321,6 +348,7 @@ def test_lengths():
         for n in range(1, 60):
             got = legal_length(n, 8*stride + 1, stride)
             assert (got - 1) % stride == 0 and got <= 8*stride + 1 and (got == 8*stride + 1 or n <= got < n + stride)
+            assert legal_length(n, 8*stride + 1, stride, 3*stride) == max(got, 3*stride + 1 if stride > 1 else 3)
 
 
 def test_put_ends_rounds_once_and_in_bands():
