@@ -46,7 +46,7 @@ def video_llava(folder, seed=0):
     "LanguageBind/Video-LLaVA-7B-hf: no chat template, no processor_config.json, shards."
     from transformers import CLIPVisionConfig, LlamaConfig, LlamaTokenizer, VideoLlavaConfig, VideoLlavaForConditionalGeneration, VideoLlavaImageProcessor
     words = ['<unk>', '<s>', '</s>', '<0x0A>', '▁', *map(chr, range(33, 127))]
-    tokenizer = LlamaTokenizer(vocab=_ids(words), merges=[], pad_token='<pad>', extra_special_tokens=['<image>', '<video>'])
+    tokenizer = LlamaTokenizer(vocab=_ids(words), merges=[], add_bos_token=True, pad_token='<pad>', extra_special_tokens=['<image>', '<video>'])
     n = {t: tokenizer.convert_tokens_to_ids(t) for t in ('<image>', '<video>', '<pad>')}
     config = VideoLlavaConfig(vision_config=CLIPVisionConfig(**VISION, image_size=28, patch_size=14, projection_dim=16, initializer_factor=4.).to_dict(),
                               text_config=LlamaConfig(vocab_size=len(tokenizer), **TEXT, pad_token_id=n['<pad>'], bos_token_id=1, eos_token_id=2).to_dict(),

@@ -150,6 +150,7 @@ def test_in_bfloat16(folder, k):
     assert d.model.dtype == torch.bfloat16 and d.describe_keyframes(FRAMES[:2], 20) and d.describe_motions(CLIPS[:2], 20)
     made = d._inputs('keyframe', FRAMES[:1], [d.template['keyframe']] if d.template else d.processor.apply_chat_template([[dict(role='user', content=[dict(type='image')])]], tokenize=False))
     assert {v.dtype for n, v in made.items() if n.startswith('pixel_values')} == {torch.bfloat16}
+    if k == 'qwen2_5_vl': assert d._inputs('motion', CLIPS[:1], ['<|vision_start|><|video_pad|><|vision_end|>'])['second_per_grid_ts'].dtype == torch.float32
 
 
 def test_batches(load, monkeypatch):
@@ -264,6 +265,22 @@ def _config(**page): return lambda f: (f/'config.json').write_text(json.dumps(js
 def test_folders_refused(folder, tmp_path, change, words):
     with pytest.raises(CmvcError, match=re.escape(words)) as e: ModelDescriber.from_pretrained(broken(folder('qwen3_vl'), tmp_path, change))
     assert '\n' not in str(e.value)
+
+
+def test_code_of_a_checkpoint_is_not_run(folder, tmp_path, load):
+    "A checkpoint of a known kind that brings Python beside its weights is loaded without it."
+    f = broken(folder('qwen3_vl'), tmp_path, _config(auto_map={'AutoConfig': 'own.Own', 'AutoModelForImageTextToText': 'own.Own'}))
+    (f/'own.py').write_text(f"open({str(tmp_path/'ran')!r}, 'w').close()\nclass Own: pass\n")
+    assert ModelDescriber.from_pretrained(f, TALK, max_new_tokens=8).describe_keyframes(FRAMES[:1], 40) == load('qwen3_vl').describe_keyframes(FRAMES[:1], 40)
+    assert not (tmp_path/'ran').exists()
+
+
+def test_one_beginning(load):
+    "A template that writes the token of the beginning itself does not get a second one."
+    d = load('video_llava')
+    a, b = (d._inputs('keyframe', FRAMES[:1], [t + 'USER: <image>\nGo. ASSISTANT:'])['input_ids'][0].tolist() for t in ('', '<s>'))
+    bos = d.processor.tokenizer.bos_token_id
+    assert a[0] == b[0] == bos and a.count(bos) == b.count(bos) == 1
 
 
 def test_language_model_without_eyes(folder, tmp_path):
