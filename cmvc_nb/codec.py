@@ -120,6 +120,7 @@ PAPER = dict(steps=50, lora_steps=100) # the paper's: 100 training steps, 50 sam
 
 # %% ../nbs/70_codec.ipynb #70-009
 def _said(describer, clips, last, o): # texts of the clips' first keyframes, and of the very last one; motion texts
+    if hasattr(describer, 'fps'): describer.fps = float(o['fps'])
     texts = describer.describe_keyframes(np.stack([c[0] for c in clips] + [clips[-1][-1]]*last), o['text_budget']) if o['texts'] else ['']*(len(clips)+last)
     return texts, describer.describe_motions(clips, o['motion_budget'])
 
@@ -284,7 +285,7 @@ class Codec:
             for a, b in zip(keys, keys[1:]): check_clip(b-a, head)
             # 4. clips, in a second pass
             if mode == 'it2v' or seed is not None or words and not any(map(parse_regions, words.texts)): tries = 1 # nothing to choose, or nothing to choose by
-            opts = dict(codec=codec, quality=quality, texts=mode == 'tt2v' or bool(texts), text_budget=text_budget, motion_budget=motion_budget, words=words, search=search, score=score, tries=tries)
+            opts = dict(fps=video.info.fps, codec=codec, quality=quality, texts=mode == 'tt2v' or bool(texts), text_budget=text_budget, motion_budget=motion_budget, words=words, search=search, score=score, tries=tries)
             work = _Encoder(self.models, head, keys, opts, tell)
             _second_pass(work, _clips(video, keys, geo))
             if tries > 1: head.seed = work.seed()
@@ -317,7 +318,7 @@ def _describe(self,
         for j, clip in enumerate(_clips(video, keys, Geometry.fit(video.info.width, video.info.height, size or self.models.preset.size))):
             waiting.append(clip); last = j == len(keys)-2
             if len(waiting) < getattr(d, 'batch_size', 1) and not last: continue
-            said = _said(d, waiting, last, dict(texts=True, text_budget=text_budget, motion_budget=motion_budget))
+            said = _said(d, waiting, last, dict(fps=video.info.fps, texts=True, text_budget=text_budget, motion_budget=motion_budget))
             texts += said[0]; motions += said[1]; waiting = []
             tell('words', j+1, len(keys)-1)
         return Words(keys, texts, motions, video.info.name if isinstance(source, (str, Path)) else '')

@@ -208,7 +208,9 @@ class Models:
         "Frames to text."
         from cmvc_nb.representation import MeasuringDescriber
         def asks(): from cmvc_nb.describers import ModelDescriber; return ModelDescriber.from_pretrained
-        return MeasuringDescriber() if self.preset.parts.get('describer', 'measuring') == 'measuring' else self._load(asks, 'describer', **self.preset.describe)
+        if self.preset.parts.get('describer', 'measuring') == 'measuring': return MeasuringDescriber()
+        page = str(self.preset.describe.get('prompts', 'plain'))
+        return self._load(asks, 'describer', **self.preset.describe | dict(prompts=self.preset.root/page if page.endswith(('.yaml', '.yml')) else page))
 
     @cached_property
     def clip(self):

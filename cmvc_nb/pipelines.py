@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np, torch
 from .errors import CmvcError
 from .models import _quietly
+from .parts import check_component, components
 from .tt2v import check_request, fit_text, straighten
 
 # %% ../nbs/51_pipelines.ipynb #51-007
@@ -55,28 +56,9 @@ def pipeline_parts(
     folder, # in diffusers' layout
 )->tuple: # (name of the pipeline's class, {part: its folder}); `CmvcError` if something is missing, or is not data
     "Which pipeline a folder holds, and which parts; opens no weights."
-    at = Path(folder)/'model_index.json'
-    try: index = json.loads(at.read_text())
-    except (OSError, ValueError) as e: raise CmvcError(f"{at}: {e}; expected the index of a pipeline in diffusers' layout") from None
-    name = index.get('_class_name') if isinstance(index, dict) else None
-    if not isinstance(name, str): raise CmvcError(f"{at}: _class_name is {name!r}; expected the name of one of diffusers' pipelines (a pipeline that brings its own code is never run)")
-    parts = {k: v for k, v in index.items() if k[0] != '_' and isinstance(v, list) and len(v) == 2 and v[0]}
-    for k, v in parts.items():
-        if v[0] not in ('diffusers', 'transformers'): raise CmvcError(f"{at}: {k} comes from {v[0]!r}; expected diffusers or transformers (code from a folder is never run)")
-        _check_part(Path(folder)/k, name)
-    return name, {k: Path(folder)/k for k in parts}
-
-def _check_part(at, name):
-    if not at.is_dir(): raise CmvcError(f"{at} is missing; {name} needs it: download the whole folder")
-    files = {p.name for p in at.iterdir()}
-    if 'config.json' in files: # a model
-        if any(f.endswith('.safetensors') for f in files): return
-        old = sorted(f for f in files if f.endswith(('.bin', '.ckpt', '.pt', '.pth')))
-        raise CmvcError(f"no safetensors in {at}" + (f", and {old[0]} is a pickle, which is never opened: convert it to safetensors" if old else ": download the whole folder"))
-    if not files & {'scheduler_config.json', 'tokenizer_config.json', 'preprocessor_config.json', 'processor_config.json'}: raise CmvcError(f"{at} has no configuration: download the whole folder")
-    if 'spiece.model' in files and 'tokenizer.json' not in files:
-        from transformers.utils import is_protobuf_available, is_sentencepiece_available
-        if not (is_sentencepiece_available() and is_protobuf_available()): raise CmvcError(f"{at} is a SentencePiece model: pip install sentencepiece protobuf")
+    parts = {k: Path(folder)/k for k in components(Path(folder), 'text_to_video')}
+    for at in parts.values(): check_component(at)
+    return json.loads((Path(folder)/'model_index.json').read_text())['_class_name'], parts
 
 # %% ../nbs/51_pipelines.ipynb #51-015
 def pipeline_class(

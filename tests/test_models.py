@@ -155,7 +155,8 @@ def test_clip_batches_do_not_matter(folder):
     (lambda d: (d/'unet'/'config.json').write_text('{}'), 'damaged|expected'),
     (lambda d: shutil.rmtree(d/'motion_adapter'), 'motion_adapter'),
     (lambda d: shutil.rmtree(d/'vae'), 'safetensors|vae'),
-    (lambda d: shutil.rmtree(d/'tokenizer'), 'tokenizer.json'),
+    (lambda d: shutil.rmtree(d/'tokenizer'), 'tokenizer is missing'),
+    (lambda d: (d/'tokenizer'/'tokenizer.json').unlink(), 'tokenizer.json'),
     (lambda d: (d/'scheduler'/'scheduler_config.json').unlink(), 'scheduler_config.json'),
 ])
 def test_wrong_folders_say_what_is_wrong(copy, damage, word):
