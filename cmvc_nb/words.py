@@ -36,7 +36,7 @@ class Words:
 def _page(words):
     ends = [f"{a}-{b}" for a, b in zip(words.keyframes, words.keyframes[1:])]
     d = dict(clip=words.clip, keyframes=dict(zip(words.keyframes, words.texts)), motions=dict(zip(ends, words.motions)))
-    plain = not set('\x85\u2028\u2029') & set(''.join((*words.texts, *words.motions))) # these three line ends PyYAML would lose
+    plain = not set('\x85\u2028\u2029') & set(''.join((words.clip, *words.texts, *words.motions))) # these three line ends PyYAML would lose
     return _HEAD.format(clip=''.join(c if c.isprintable() else ' ' for c in words.clip or 'CLIP')) + yaml.safe_dump(d, allow_unicode=plain, sort_keys=False, width=100)
 
 def save_words(

@@ -445,7 +445,7 @@ def test_a_preset_names_it(tmp_path):
     assert max(len(t.encode()) for t in w.texts) <= 40 and max(len(t.encode()) for t in w.motions) <= 30 and all(w.texts + w.motions)
     with open_cmvc(codec.encode(clip, mode='tt2v', interval=4, selection='uniform', text_budget=40, motion_budget=30, size=64, steps=2, seed=0).data) as r:
         assert [keyframe_text(r, k) for k in range(3)] == w.texts
-    (tmp_path/'p'/'mine.yaml').write_text('name: mine\nkeyframe: [What?]\nmotion: [Where?]'); d['describe']['prompts'] = 'mine.yaml'; page.write_text(yaml.safe_dump(d)) # beside the page
+    (tmp_path/'p'/'mine.yaml').write_text('name: mine\nkeyframe: [What is it]\nmotion: [Where is it]'); d['describe']['prompts'] = 'mine.yaml'; page.write_text(yaml.safe_dump(d)) # beside the page
     mine = Codec.from_pretrained(page, 'cpu'); mine.describe(clip, interval=4, size=64, fps=12.5)
     assert mine.models.describer.prompts.name == 'mine' and mine.models.describer.fps == 12.5
     (tmp_path/'p'/'vlm'/'config.json').unlink()
