@@ -201,7 +201,8 @@ class Models:
         "From keyframe texts and motion text to video: the diffusion model with its motion adapter, or the preset's text-to-video pipeline."
         def moved(): from cmvc_nb.tt2v import AnimateDiffTT2V; return AnimateDiffTT2V.from_pretrained
         def whole(): from cmvc_nb.pipelines import PromptPipeline; return PromptPipeline.from_pretrained
-        return self._load(whole, 'text_to_video', **self.preset.tt2v) if 'text_to_video' in self.preset.parts else self._load(moved, 'diffusion', 'motion_adapter', **self.preset.tt2v)
+        both = dict(between=self.it2v) if 'image_to_video' in self.preset.parts else {} # keyframes from text, the frames between from both
+        return self._load(whole, 'text_to_video', **self.preset.tt2v, **both) if 'text_to_video' in self.preset.parts else self._load(moved, 'diffusion', 'motion_adapter', **self.preset.tt2v)
 
     @cached_property
     def describer(self):

@@ -37,7 +37,8 @@ def _fetch(where, role, preset, offline=False):
     local = dict(local_files_only=HF_HUB_OFFLINE or offline)
     try:
         if where.count('/') == 2: return Path(hf_hub_download(where.rsplit('/', 1)[0], where.rsplit('/', 1)[1], **local))
-        return Path(snapshot_download(where, allow_patterns=_WANT, ignore_patterns=_SKIP if role == 'diffusion' else None, **local))
+        want, skip = (['open_clip*', '*.json', '*.txt'], None) if role == 'clip' else (_WANT, _SKIP if role == 'diffusion' else None)
+        return Path(snapshot_download(where, allow_patterns=want, ignore_patterns=skip, **local))
     except Exception as e: # many kinds: no network, no such repository, gated, disk full, cut
         why = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
         raise CmvcError(f"preset {preset}: cannot download {role} '{where}' ({why}). Check the name and the network and try again (what has arrived is kept), run `hf auth login` if it is gated, "

@@ -97,6 +97,7 @@ def load_pipeline(
 # %% ../nbs/51_pipelines.ipynb #51-017
 class VideoPipeline:
     "A video pipeline of diffusers, and what its model needs said: lengths, sizes, fixed arguments."
+    offloads = True # diffusers may keep parts of `pipe` in main memory
     asks = 'prompt', 'num_frames', 'height', 'width', 'num_inference_steps', 'generator', 'output_type' # what every call is given
     def __init__(self,
         pipe,             # a pipeline, or anything that is called like one; its class only checks the rest
