@@ -239,7 +239,7 @@ def check_generator(
     need((y[[0, -1]] == x[[0, -1]]).all(), 'lets the motion text change the pictures of the keyframes')
     need((y[1:-1] != x[1:-1]).any(), 'does not read the motion text')
     need((clip((c, b))[0] != x[0]).any() and (clip((a, c))[-1] != x[-1]).any(), 'does not read the keyframe texts')
-    need((clip(seed=1) != x).any(), 'makes the same frames of every seed')
+    need((clip(seed=1)[[0, -1]] != x[[0, -1]]).any(), 'makes the same keyframes of every seed')
     for bad in (dict(n=1), dict(motion=None), dict(texts=(a,))):
         try: clip(**bad)
         except CmvcError: continue

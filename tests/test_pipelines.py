@@ -330,7 +330,7 @@ def test_any_pipeline_fits_behind_the_protocol(n):
 
 
 @pytest.mark.parametrize('sin,words', [
-    ('dtype', 'made float32'), ('length', 'made uint8'), ('random', 'asked again|another picture'), ('deaf', 'does not read the motion'), ('seedless', 'every seed'), ('anchorless', 'another picture'), ('kind', 'accepts')])
+    ('dtype', 'made float32'), ('length', 'made uint8'), ('random', 'asked again|another picture'), ('deaf', 'does not read the motion'), ('seedless', 'keyframes of every seed'), ('anchorless', 'another picture'), ('kind', 'accepts')])
 def test_check_generator_finds_each_sin(sin, words):
     good = PromptPipeline(Prompted(), frames=8)
     def generate(ends, motion, n, h, w, seed=0, **options):
