@@ -11,7 +11,7 @@ from cmvc_nb.codec import Codec
 from cmvc_nb.ends import EndFramesPipeline, given_pictures
 from cmvc_nb.errors import CmvcError
 from cmvc_nb.models import load_models
-from cmvc_nb.pipelines import PromptPipeline, check_generator
+from cmvc_nb.pipelines import PromptPipeline, check_generator, put_ends
 from dummies import moving_disc
 from dummies_models import make_dummy_preset
 
@@ -69,6 +69,7 @@ def test_which_keyframes_the_model_sees(loaded, name):
     e, sees_last = loaded[name], PRESETS[name][2]
     def raw(a, b): return e.make(e.text(M), 9, 64, 64, 0, 2, **given_pictures(Image.fromarray(a), Image.fromarray(b), 9, e.names))
     x = raw(A, B)
+    assert (play(e, n=7) == put_ends(x, 9, A, B)[1:-1]).all()
     assert (raw(255 - A, B) != x).any() and (raw(A, 255 - B) != x).any() == sees_last
 
 
@@ -106,9 +107,9 @@ def test_strength_0_generates_nothing(loaded, monkeypatch):
 
 
 def test_weights_give_the_number_only(loaded):
-    x = play(loaded['ltx'], n=3)
-    assert (loaded['ltx'](A, B, np.ones(3), np.zeros(3), M, (None, None), num_inference_steps=2, init='lerp', strength=.5).frames == x).all()
-    assert (loaded['ltx'](Image.fromarray(A), Image.fromarray(B), frames=3, prompt=M, num_inference_steps=2).frames == x).all()
+    x = play(loaded['ltx'], n=4)
+    assert (loaded['ltx'](A, B, np.ones(4), np.zeros(4), M, (None, None), num_inference_steps=2, init='lerp', strength=.5).frames == x).all()
+    assert (loaded['ltx'](Image.fromarray(A), Image.fromarray(B), frames=4, prompt=M, num_inference_steps=2).frames == x).all()
 
 
 def test_nothing_to_fit_and_nothing_to_search(ends):
