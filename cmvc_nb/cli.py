@@ -79,7 +79,7 @@ def encode(
     strength:Annotated[Optional[float], typer.Option(help='how much noise a blended frame is brought to, 0 to 1')]=None,
     guidance:Annotated[Optional[float], typer.Option(help='tt2v: classifier-free guidance, 1 is none')]=None,
     seed:Annotated[Optional[int], typer.Option(help='of all noise; 0 if not given, or in tt2v the best of --tries', min=0, max=2**32-1)]=None,
-    tries:Annotated[int, typer.Option(help='tt2v: seeds to try, 1 for none', min=1, max=256)]=8,
+    tries:Annotated[Optional[int], typer.Option(help='tt2v: seeds to try, 1 for none; the preset\'s, or 8', min=1, max=256)]=None,
     frames:Annotated[Optional[int], typer.Option(help='encode only so many frames', min=2)]=None,
     raw:Annotated[Optional[str], typer.Option(help='format of raw video, for example 1920x1080@50:yuv420p10le')]=None,
     fps:Annotated[Optional[str], typer.Option(help='rate of a source that carries none, such as a folder of PNGs: 30, or 30000/1001')]=None,

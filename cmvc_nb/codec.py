@@ -84,7 +84,8 @@ class Player:
         if frames == 1: return np.stack([a, b])
         from cmvc_nb.it2v import uniform_schedule
         w = dequantise_weights(self.steps(j, frames), uniform_schedule(frames-1))
-        mid = self.models.it2v(a, b, w[:, 0], w[:, 1], self.motion(j), self.loras(j, progress), **self.sampling()).frames
+        tell = {} if getattr(self.models.it2v, 'searches', True) else dict(progress=progress and (lambda done: progress(done, h.steps)))
+        mid = self.models.it2v(a, b, w[:, 0], w[:, 1], self.motion(j), self.loras(j, progress), **self.sampling(), **tell).frames
         return np.concatenate([a[None], mid, b[None]])
 
     def _nearest(self, j):
@@ -253,7 +254,7 @@ class Codec:
         search:str='batched', # of w_i and w_l: 'batched', 'gradient' (eq. 7, 8) or None (uniform)
         size=None,            # working size in pixels or (width, height); None: the preset's
         seed:int=None,        # None: 0, or in tt2v the best of `tries`
-        tries:int=8,          # seeds that tt2v tries, 1 for none
+        tries:int=None,       # seeds that tt2v tries, 1 for none; None: the preset's, or 8
         steps:int=None, lora_steps:int=None, strength:float=None, guidance:float=None, # None: the preset's
         settings:str=None,    # 'paper': 100 LoRA steps and 50 sampling steps
         max_frames:int=None, raw:str=None, fps=None, # see `Video`
@@ -284,6 +285,7 @@ class Codec:
             head = Header(video.info.width, video.info.height, geo.coded_width, geo.coded_height, count, video.info.fps, mode, preset=p.fingerprint(), seed=seed or 0, **base)
             for a, b in zip(keys, keys[1:]): check_clip(b-a, head)
             # 4. clips, in a second pass
+            tries = tries or p.settings.get('tries', 8)
             if mode == 'it2v' or seed is not None or words and not any(map(parse_regions, words.texts)): tries = 1 # nothing to choose, or nothing to choose by
             opts = dict(fps=video.info.fps, codec=codec, quality=quality, texts=mode == 'tt2v' or bool(texts), text_budget=text_budget, motion_budget=motion_budget, words=words, search=search, score=score, tries=tries)
             work = _Encoder(self.models, head, keys, opts, tell)

@@ -146,6 +146,7 @@ def shares(
 class DualLoRAPipeline(DiffusionPipeline):
     "Keyframe images and a motion text to the frames between them (IT2V), for any checkpoint in Stable Diffusion's layout."
     model_cpu_offload_seq = 'text_encoder->unet->vae'
+    searches = True # w_i and w_l of each frame are for the encoder to find
 
     def __init__(self, vae, text_encoder, tokenizer, unet, scheduler, # AutoencoderTiny or AutoencoderKL, CLIPTextModel, CLIPTokenizer, UNet2DConditionModel, anything with alphas_cumprod
                  lora_rank:int=4, lora_lr:float=3e-3, lora_draws:int=1,   # of `fit_loras`

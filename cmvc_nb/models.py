@@ -153,7 +153,7 @@ def _quietly(load, what, preset):
         for l, v in zip(logs, levels): l.set_verbosity(v)
 
 # %% ../nbs/40_models.ipynb #40-035
-OFFLOADS = ('none', 'model', 'sequential')
+OFFLOADS = ('none', 'model', 'sequential') # where weights wait: on the device; whole models, or single layers, in the CPU's memory
 
 def _place(part, device, offload):
     pipe = part if hasattr(part, 'enable_model_cpu_offload') else getattr(part, 'pipe', None) if getattr(part, 'offloads', False) else None
@@ -194,15 +194,24 @@ class Models:
         "From keyframe images and motion text to video: the dual-LoRA pipeline, or the preset's image-to-video pipeline."
         def dual(): from cmvc_nb.it2v import DualLoRAPipeline; return DualLoRAPipeline.from_pretrained
         def ends(): from cmvc_nb.ends import EndFramesPipeline; return EndFramesPipeline.from_pretrained
-        return self._load(ends, 'image_to_video', **self.preset.it2v) if 'image_to_video' in self.preset.parts else self._load(dual, 'diffusion', **self.preset.it2v)
+        parts, options = self.preset.parts, self.preset.it2v
+        if 'image_to_video' not in parts: return self._load(dual, 'diffusion', **options)
+        if parts['image_to_video'] != parts.get('text_to_video') or 'pipeline' in options: return self._load(ends, 'image_to_video', **options)
+        from cmvc_nb.ends import EndFramesPipeline # one model does both: load it once
+        return EndFramesPipeline(self._whole.pipe, **{k: v for k, v in options.items() if k not in ('scheduler', 'float32')})
 
     @cached_property
     def tt2v(self):
         "From keyframe texts and motion text to video: the diffusion model with its motion adapter, or the preset's text-to-video pipeline."
         def moved(): from cmvc_nb.tt2v import AnimateDiffTT2V; return AnimateDiffTT2V.from_pretrained
-        def whole(): from cmvc_nb.pipelines import PromptPipeline; return PromptPipeline.from_pretrained
-        both = dict(between=self.it2v) if 'image_to_video' in self.preset.parts else {} # keyframes from text, the frames between from both
-        return self._load(whole, 'text_to_video', **self.preset.tt2v, **both) if 'text_to_video' in self.preset.parts else self._load(moved, 'diffusion', 'motion_adapter', **self.preset.tt2v)
+        if 'text_to_video' not in self.preset.parts: return self._load(moved, 'diffusion', 'motion_adapter', **self.preset.tt2v)
+        if 'image_to_video' in self.preset.parts: self._whole.between = self.it2v # pictures from text, the frames between from two pictures
+        return self._whole
+
+    @cached_property
+    def _whole(self):
+        def load(): from cmvc_nb.pipelines import PromptPipeline; return PromptPipeline.from_pretrained
+        return self._load(load, 'text_to_video', **self.preset.tt2v)
 
     @cached_property
     def describer(self):

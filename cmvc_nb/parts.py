@@ -86,7 +86,7 @@ def check_component(at:Path, model:bool=None): # None: it is a model if it has a
     if not files & set(wants): raise CmvcError(f"{at} has no configuration ({' or '.join(wants[:2])}): download the whole folder")
     if 'spiece.model' in files and 'tokenizer.json' not in files:
         from transformers.utils import is_protobuf_available, is_sentencepiece_available
-        if not (is_sentencepiece_available() and is_protobuf_available()): raise CmvcError(f"{at} is a SentencePiece model: pip install sentencepiece protobuf")
+        if not (is_sentencepiece_available() and is_protobuf_available()): raise CmvcError(f"{at} is a SentencePiece model: pip install 'cmvc_nb[pipelines]'")
 
 
 # %% ../nbs/41_parts.ipynb #41-016

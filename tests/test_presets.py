@@ -69,7 +69,7 @@ def test_tt2v(codec, name):
     e = c.encode(CLIP, mode='tt2v', seed=0, **HOW)
     d = c.decode(e.data)
     assert d.frames.shape == CLIP.shape and (c.decode(e.data).frames == d.frames).all() and len(e.data) < 400
-    if {'text_to_video', 'image_to_video'} <= set(PAGES[name].parts): assert c.models.tt2v.between is c.models.it2v # the frames between two pictures, by what is given both
+    if {'text_to_video', 'image_to_video'} <= set(PAGES[name].parts): assert c.models.tt2v.between is c.models.it2v and (c.models.it2v.pipe is c.models.tt2v.pipe) == (name == 'wan') # the frames between two pictures, by what is given both
 
 def test_modes_that_a_page_lacks(codec):
     with pytest.raises(CmvcError, match='cogvideox has no diffusion'): codec('cogvideox').encode(CLIP, **HOW)

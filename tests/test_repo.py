@@ -195,7 +195,7 @@ def test_wheel_metadata(meta, wheel):
     assert (meta['Name'], meta['Version']) == ('cmvc_nb', cmvc_nb.__version__) and cmvc_nb.__version__ == CFG['version']
     assert meta['Requires-Python'] == '>=3.11' and 'Apache-2.0' in (meta['License-Expression'] or meta['License'])
     assert meta.get_payload().strip() == (ROOT/'README.md').read_text(encoding='utf-8').strip()
-    assert {'demo', 'notebooks', 'describers', 'metrics', 'dev'} <= set(meta.get_all('Provides-Extra'))
+    assert {'demo', 'notebooks', 'describers', 'pipelines', 'metrics', 'dev'} <= set(meta.get_all('Provides-Extra'))
     with zipfile.ZipFile(wheel) as z: entry = z.read(next(n for n in z.namelist() if n.endswith('/entry_points.txt'))).decode()
     assert re.search(r'^cmvc = cmvc_nb\.cli:main$', entry, re.M)
     assert f"version: {CFG['version']}" in (ROOT/'CITATION.cff').read_text() and CFG['version'] in (ROOT/'CHANGELOG.md').read_text()
@@ -207,7 +207,7 @@ def test_requirements(meta):
     run = {dist(r) for r in reqs if 'extra ==' not in r}
     extra = lambda e: {dist(r) for r in reqs if re.search(f'''extra == ['"]{e}['"]''', r)}
     assert not run & {'fastcore', 'nbdev', 'execnb', 'pytest', 'jupyter'}
-    assert extra('demo') | extra('notebooks') | extra('describers') | extra('metrics') <= extra('dev')
+    assert extra('demo') | extra('notebooks') | extra('describers') | extra('pipelines') | extra('metrics') <= extra('dev')
     known, homes = run | extra('dev'), md.packages_distributions()
     own = lambda m: m in sys.stdlib_module_names or m == 'cmvc_nb'
     where = lambda m: {d.lower().replace('_', '-') for d in homes.get(m, [m])}
