@@ -515,7 +515,7 @@ def test_nothing_left_on_failure(tmp_path):
     write_video(old, drawn(), 25); assert len(read_video(old)[0]) == 12 and os.listdir(tmp_path) == ['x.mp4']
 
 
-@pytest.mark.parametrize('where, say', [('none/x.mp4', 'cannot be written'), ('', 'folder|cannot write'), ('x', 'without suffix'), ('x.gif', 'cannot write .gif'), ('file.txt/x.mkv', 'cannot be written'), ('d.mkv', 'is a folder')])
+@pytest.mark.parametrize('where, say', [('none/x.mp4', 'does not exist'), ('', 'folder|cannot write'), ('x', 'without suffix'), ('x.gif', 'cannot write .gif'), ('file.txt/x.mkv', 'does not exist'), ('d.mkv', 'is a folder')])
 def test_unwritable(tmp_path, where, say):
     (tmp_path/'file.txt').write_text('x'); (tmp_path/'d.mkv').mkdir(); before = sorted(os.listdir(tmp_path))
     with pytest.raises(CmvcError, match=say): write_video(tmp_path/where, drawn(), 25)
