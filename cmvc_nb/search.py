@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['mse', 'best_blend', 'blends', 'step_bits', 'trellis', 'true_bits', 'paraboloid', 'descend', 'Found', 'batched',
-           'gradient', 'search_weights', 'ms_ssim', 'ablate', 'weights_grid', 'weights_widget']
+           'gradient', 'search_weights', 'ablate', 'weights_grid', 'weights_widget']
 
 # %% ../nbs/62_search.ipynb #62-002
 from dataclasses import dataclass, field
@@ -15,6 +15,7 @@ import torch
 from .entropy import LEVELS, STEPS, Encoder, dequantise_weights, quantise_weights
 from .errors import CmvcError, need
 from .it2v import blend, to_pixels, to_uint8, uniform_schedule
+from .metrics import ms_ssim
 
 # %% ../nbs/62_search.ipynb #62-007
 def mse(
@@ -196,14 +197,6 @@ def search_weights(
         return (batched if method == 'batched' else gradient)(c, target, **(search or {}))
 
 # %% ../nbs/62_search.ipynb #62-023
-def ms_ssim(
-    a, b, # uint8 (F,H,W,3), at least 176 pixels each way
-)->float: # 1 is identical
-    "Multi-scale structural similarity (torchmetrics), mean over frames; nothing is downloaded."
-    metric = need('torchmetrics', 'metrics').functional.image.multiscale_structural_similarity_index_measure
-    x, y = (torch.from_numpy(np.ascontiguousarray(v)).permute(0, 3, 1, 2).float() for v in (a, b))
-    return float(np.mean([metric(i[None], j[None], data_range=255.) for i, j in zip(x, y)]))
-
 def ablate(
     pipe, target, image_0, image_1, # as for `search_weights`
     q,                # (F,2) ints, read back from the file
