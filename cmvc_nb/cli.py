@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'Mode', 'Search', 'Select', 'Images', 'Settings', 'Preset', 'Device', 'Dtype', 'Offload', 'Part', 'Json',
-           'Quiet', 'models', 'Bars', 'encode', 'decode', 'info', 'convert', 'describe', 'pull', 'demo', 'main']
+           'Quiet', 'models', 'Bars', 'encode', 'decode', 'info', 'convert', 'describe', 'pull', 'demo', 'compare',
+           'bench', 'report', 'main']
 
 # %% ../nbs/71_cli.ipynb #71-002
 import json, sys, warnings
@@ -36,11 +37,11 @@ Quiet = Annotated[bool, typer.Option('--quiet', '-q', help='no progress bars')] 
 # %% ../nbs/71_cli.ipynb #71-007
 class Bars:
     "Progress bars on standard error for the codec's `progress` callback."
-    def __init__(self, quiet:bool=False): self.quiet, self.tasks = quiet, {}
+    def __init__(self, quiet:bool=False, left:bool=False): self.quiet, self.tasks, self.left = quiet, {}, left # left: how much time, too
     def __enter__(self):
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-        self.bar = Progress(TextColumn('{task.description:>12}'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=Console(stderr=True), disable=self.quiet, transient=not sys.stderr.isatty())
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        self.bar = Progress(TextColumn('{task.description:>12}'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), *[TimeRemainingColumn()]*self.left, console=Console(stderr=True), disable=self.quiet, transient=not sys.stderr.isatty())
         self.bar.start(); return self
     def __exit__(self, *a): self.bar.stop()
     def __call__(self, stage, done, total):
@@ -264,6 +265,61 @@ def _source(clip, frames):
     from cmvc_nb.video import read_video
     f = read_video(clip, frames)[0]
     return f, {'source': f}
+
+# %% ../nbs/71_cli.ipynb #71-029
+@app.command(epilog='**Examples**\n\n`cmvc compare clip.mp4 decoded.mkv`\n\n`cmvc compare clip.mp4 decoded.mkv --metrics psnr,haarpsi --sheet sheet.png --json`')
+def compare(
+    source:Annotated[str, typer.Argument(help='the video as it was')],
+    decoded:Annotated[str, typer.Argument(help='the video as it came back')],
+    metrics:Annotated[Optional[str], typer.Option(help='names with commas, or a group: paper, vbench, all; those that need no download if not given')]=None,
+    sheet:Annotated[Optional[Path], typer.Option(help='write a contact sheet with the difference, .png')]=None,
+    as_json:Json=False, quiet:Quiet=False,
+):
+    "Measure how near one video is to another."
+    from cmvc_nb.report import compare_videos
+    if sheet: check_writable(sheet)
+    with Bars(quiet or as_json) as bars: s = compare_videos(source, decoded, _list_of(metrics), sheet, tell=lambda n: bars('frames', n, None))
+    _out(as_json, s.to_dict(), repr(s))
+
+def _list_of(s): # 'a,b' → ['a', 'b']; one word may be a group's
+    return None if s is None else s if ',' not in s else [w.strip() for w in s.split(',') if w.strip()]
+
+@app.command(epilog='**Examples**\n\n`cmvc bench clips/*.mp4 -o results/`\n\n`cmvc bench clip.mp4 --codecs cmvc-it2v,x265,svtav1@1/2 --points x265=51,46,40 --points cmvc-it2v=k3q0,k5q0 -j 2 -o results/`')
+def bench(
+    clips:Annotated[list[Path], typer.Argument(help='videos')],
+    output:Annotated[Path, typer.Option('-o', '--output', help='folder for the points; what is there already is not measured again')],
+    codecs:Annotated[str, typer.Option(help='names with commas: cmvc-it2v, cmvc-tt2v, cmvc-it2v+flow, x264, x265, svtav1, vp9, vvenc-ra …, each also scaled as in x265@1/2')]='cmvc-it2v,cmvc-tt2v,x264,x265,svtav1',
+    points:Annotated[Optional[list[str]], typer.Option(help='CODEC=POINT,POINT…, may be repeated: crf or qp of an anchor; of ours k3q0 for 3 keyframes at quality 0')]=None,
+    frames:Annotated[int, typer.Option(help='of each clip, from the first', min=2)]=33,
+    size:Annotated[str, typer.Option(help='all codecs get these pixels; multiples of 64 for ours')]='256x256',
+    metrics:Annotated[Optional[str], typer.Option(help='names with commas; those that need no download if not given')]=None,
+    processes:Annotated[int, typer.Option('-j', '--processes', help='points at once', min=1)]=1,
+    preset:Preset='tiny', as_json:Json=False, quiet:Quiet=False,
+):
+    "Measure codecs on clips, each point once."
+    from cmvc_nb.bench import plan, run_jobs
+    given = dict(p.partition('=')[::2] for p in points or [])
+    names = _list_of(metrics) or ()
+    jobs = plan(clips, [c.strip() for c in codecs.split(',')], {k: v.split(',') for k, v in given.items()}, frames, size, [names] if isinstance(names, str) else names, preset)
+    output.mkdir(parents=True, exist_ok=True)
+    with Bars(quiet or as_json, left=True) as bars: rows = run_jobs(jobs, output, processes, lambda done, total, line: (bars('points', done, total), bars.bar.console.print(line, highlight=False)))
+    bad = [r for r in rows if 'error' in r]
+    _out(as_json, dict(points=len(rows), failed=[dict(clip=r['clip'], codec=r['codec'], point=r['point'], error=r['error']) for r in bad]), f"{output}: {len(rows)-len(bad)} points, {len(bad)} failed; next: cmvc report {output}")
+    if bad: raise typer.Exit(1)
+
+@app.command(epilog='**Example**\n\n`cmvc report results/ --anchor x265`')
+def report(
+    folder:Annotated[Path, typer.Argument(help='of cmvc bench')],
+    anchor:Annotated[str, typer.Option(help='codec that BD-rates are measured against')]='x265',
+    metrics:Annotated[Optional[str], typer.Option(help='names with commas; all that were measured if not given')]=None,
+    rate:Annotated[str, typer.Option(help='bytes, bpp or kbps')]='bytes',
+):
+    "Curves, BD-rates and pictures of a bench, as report.html and report.csv in its folder."
+    from cmvc_nb.report import write_report
+    if rate not in ('bytes', 'bpp', 'kbps'): raise CmvcError(f"rate '{rate}': expected bytes, bpp or kbps")
+    names = _list_of(metrics)
+    at = write_report(folder, anchor, [names] if isinstance(names, str) else names, rate)
+    print(f'{at}\n{at.with_suffix(".csv")}')
 
 # %% ../nbs/71_cli.ipynb #71-015
 def main():

@@ -108,7 +108,7 @@ def test_describe_edit_encode(place):
     assert 'no.yaml' in complaint(place, 'encode', 'clip.mkv', '-o', 'x.cmvc', '--words', 'no.yaml', '--preset', 'models', *FAST)
     complaint(place, 'describe', 'clip.mkv', '-o', 'no/such/w.yaml', '--preset', 'models', '--device', 'cpu')
 
-@pytest.mark.parametrize('command', [[], ['encode'], ['decode'], ['info'], ['convert'], ['describe'], ['models'], ['models', 'pull'], ['demo']])
+@pytest.mark.parametrize('command', [[], ['encode'], ['decode'], ['info'], ['convert'], ['describe'], ['models'], ['models', 'pull'], ['compare'], ['bench'], ['report'], ['demo']])
 def test_help(command):
     code, out, err = run('.', *command, '--help')
     assert code == 0 and 'Usage' in out
@@ -164,3 +164,16 @@ def test_damaged_file_does_not_decode(place):
     assert 'clip' in complaint(place, 'decode', 'bad.cmvc', '-o', 'x.mkv', '--preset', 'models')
     code, out, err = run(place, 'decode', 'bad.cmvc', '-o', 'saved.mkv', '--salvage', '--preset', 'models', '--device', 'cpu', '-q')
     assert code == 0 and 'checksum' in err and len(read_video(place/'saved.mkv')[0]) == 9
+
+def test_compare_bench_report(place):
+    code, out, _ = run(place, 'compare', 'clip.mkv', 'clip.mkv', '--metrics', 'psnr,gmsd', '--sheet', 'sheet.png', '--json')
+    assert code == 0 and json.loads(out)['gmsd']['value'] == 0 and (place/'sheet.png').exists()
+    write_video(place/'short.mkv', read_video(place/'clip.mkv', 4)[0], 25)
+    assert 'ends after 4' in complaint(place, 'compare', 'clip.mkv', 'short.mkv') and 'no metric' in complaint(place, 'compare', 'clip.mkv', 'clip.mkv', '--metrics', 'beauty,psnr')
+    args = ['bench', 'clip.mkv', '-o', 'results', '--codecs', 'x264,x265', '--frames', '5', '--size', '64x64', '--metrics', 'psnr,gmsd', '--json']
+    code, out, _ = run(place, *args, '--points', 'x264=51,40', '--points', 'x265=51,40')
+    assert code == 0 and json.loads(out) == dict(points=4, failed=[])
+    assert run(place, 'report', 'results', '--anchor', 'x264')[0] == 0 and (place/'results/report.html').exists()
+    code, out, _ = run(place, *args, '--points', 'x264=51,400', '--points', 'x265=51,40')
+    assert code == 1 and 'crf 400' in json.loads(out)['failed'][0]['error'] # the others went on, and the status tells
+    assert 'x267' in complaint(place, 'bench', 'clip.mkv', '-o', 'results', '--codecs', 'x267') and 'rate' in complaint(place, 'report', 'results', '--rate', 'bananas')
