@@ -184,5 +184,5 @@ def compare_videos(
             from PIL import Image
             f, g = map(np.stack, zip(*some.kept))
             away = np.clip(128 + 4*(g.astype(np.int16) - f), 0, 255).astype(np.uint8)
-            buf = io.BytesIO(); Image.fromarray(contact_sheet({x.info.name: f, y.info.name: g, '4 x difference': away}, min(6, len(f)))).save(buf, 'PNG'); write_whole(sheet, buf.getvalue())
+            buf = io.BytesIO(); Image.fromarray(contact_sheet({f'source, {x.info.name}': f, f'decoded, {y.info.name}': g, 'difference x 4': away}, min(6, len(f)))).save(buf, 'PNG'); write_whole(sheet, buf.getvalue())
         return meter.finish()
