@@ -11,7 +11,7 @@ import functools, hashlib, json, os, re, shutil, subprocess, tempfile, warnings
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from .errors import CmvcError, need
-from .metrics import Metric, NotAvailable, PerFrame, PerSide, Score
+from .metrics import Metric, NotAvailable, PerFrame, PerSide
 from .models import load_models
 from .parts import part_folder, part_state
 
@@ -59,6 +59,10 @@ def read_weights(
     except Exception as e: # of many kinds, by the format
         raise CmvcError(f'weights of {net}: {path} cannot be read ({(str(e).strip() or type(e).__name__).splitlines()[0][:150]})') from None
 
+def _once(setup, key, make): # what several gauges, or several meters, load once
+    if key not in setup.shared: setup.shared[key] = make()
+    return setup.shared[key]
+
 def _weights(setup, net): return read_weights(net, find_weights(net, setup.weights.get(net)))
 
 def _fill(module, state, net): # a module of the meta device gets these tensors
@@ -67,14 +71,17 @@ def _fill(module, state, net): # a module of the meta device gets these tensors
     return module.eval().requires_grad_(False)
 
 # %% ../nbs/81_video_metrics.ipynb #81-011
-def _lpips(setup):
+def _alexnet(setup): # LPIPS's network with its heads, and the weights' digits
     state, sha = _weights(setup, 'alexnet')
     lpips = need('lpips', 'metrics')
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(): # it draws random weights first
         warnings.simplefilter('ignore')
         net = lpips.LPIPS(net='alex', version='0.1', pnet_rand=True, verbose=False).requires_grad_(False)
     _fill(net.net, {k: state.get('features.' + k.split('.', 1)[1], v[:0]) for k, v in net.net.state_dict().items()}, 'alexnet')
-    net.to(setup.device)
+    return net.to(setup.device), sha
+
+def _lpips(setup):
+    net, sha = _once(setup, 'alexnet', lambda: _alexnet(setup))
     return PerFrame(lambda p: net(p.x/127.5 - 1, p.y/127.5 - 1).flatten(), net='alex v0.1', sha256=sha)
 
 def dists(
@@ -100,11 +107,14 @@ def dists(
         at += n
     return 1 - score/total
 
-def _dists(setup):
+def _vgg16(setup): # its layers, and the weights' digits
     state, sha = _weights(setup, 'vgg16')
     from torchvision.models import vgg16
     with torch.device('meta'): layers = vgg16(weights=None).features
-    _fill(layers, {k[9:]: v for k, v in state.items() if k.startswith('features.')}, 'vgg16').to(setup.device)
+    return _fill(layers, {k[9:]: v for k, v in state.items() if k.startswith('features.')}, 'vgg16').to(setup.device), sha
+
+def _dists(setup):
+    layers, sha = _once(setup, 'vgg16', lambda: _vgg16(setup))
     heads = Path(need('torchmetrics', 'metrics').__file__).parent/'functional/image/dists_models/weights.pt'
     alpha, beta = (torch.load(heads, map_location=setup.device, weights_only=True)[k] for k in ('alpha', 'beta'))
     return PerFrame(lambda p: dists(p.x/255, p.y/255, layers, alpha, beta), net='vgg16', sha256=sha)
@@ -125,16 +135,14 @@ def fid_inception(
     net.Mixed_7c.branch_pool.register_forward_pre_hook(lambda m, args: kept.pop())
     return net
 
-def _inception(setup): # function of uint8 frames → features; loaded once for both metrics
-    if 'inception' not in setup.shared:
-        state, sha = _weights(setup, 'inception')
-        net = fid_inception(state).to(setup.device)
-        def features(frames):
-            x = torch.from_numpy(np.ascontiguousarray(frames)).to(setup.device).permute(0, 3, 1, 2).float()
-            x = F.interpolate(x, (299, 299), mode='bilinear', align_corners=False, antialias=True)
-            return net((x - 128)/128).cpu().numpy().astype(np.float64)
-        setup.shared['inception'] = features, sha
-    return setup.shared['inception']
+def _inception(setup): # function of uint8 frames → features, and the weights' digits
+    state, sha = _weights(setup, 'inception')
+    net = fid_inception(state).to(setup.device)
+    def features(frames):
+        x = torch.from_numpy(np.ascontiguousarray(frames)).to(setup.device).permute(0, 3, 1, 2).float()
+        x = F.interpolate(x, (299, 299), mode='bilinear', align_corners=False, antialias=True)
+        return net((x - 128)/128).cpu().numpy().astype(np.float64)
+    return features, sha
 
 # %% ../nbs/81_video_metrics.ipynb #81-015
 class Spread:
@@ -168,7 +176,7 @@ def kernel_distance(
 class _Sets:
     "Gauge of FID or KID."
     def __init__(self, setup, kind, most=2000):
-        (self.f, self.sha256), self.kind, self.most, self.n = _inception(setup), kind, most, 0
+        (self.f, self.sha256), self.kind, self.most, self.n = _once(setup, 'inception', lambda: _inception(setup)), kind, most, 0
         self.net, self.spread, self.kept, self.rng = 'inception-2015-12-05, 2048 features, 299x299 antialiased', (Spread(), Spread()), [], np.random.default_rng(0)
     def feed(self, pair):
         "Take a chunk."
@@ -186,20 +194,18 @@ class _Sets:
 
 # %% ../nbs/81_video_metrics.ipynb #81-018
 def _clip(setup): # (models, folder, net, sha); `NotAvailable` if it would have to be downloaded
-    if 'clip' not in setup.shared:
-        models = setup.models or load_models('tiny', str(setup.device))
-        where = models.preset.parts.get('clip', 'tiny')
-        if 'clip' in models.preset.parts and (state := part_state(models.preset, 'clip')[0]) in ('missing', 'not downloaded'):
-            raise NotAvailable(f"CLIP '{where}' of preset {models.preset.name} is {state}: " + ('fetch it with `cmvc models pull`' if state == 'not downloaded' else 'put it there'))
-        at = part_folder(models.preset, 'clip', offline=True)
-        sha = hashlib.sha256()
-        for p in sorted(at.glob('*.safetensors')):
-            with p.open('rb') as f: sha.update(hashlib.file_digest(f, 'sha256').digest())
-        setup.shared['clip'] = models, at, f'open_clip {where} of preset {models.preset.name}', sha.hexdigest()[:16]
-    return setup.shared['clip']
+    models = setup.models or load_models('tiny', str(setup.device))
+    where = models.preset.parts.get('clip', 'tiny')
+    if 'clip' in models.preset.parts and (state := part_state(models.preset, 'clip')[0]) in ('missing', 'not downloaded'):
+        raise NotAvailable(f"CLIP '{where}' of preset {models.preset.name} is {state}: " + ('fetch it with `cmvc models pull`' if state == 'not downloaded' else 'put it there'))
+    at = part_folder(models.preset, 'clip', offline=True)
+    sha = hashlib.sha256()
+    for p in sorted(at.glob('*.safetensors')):
+        with p.open('rb') as f: sha.update(hashlib.file_digest(f, 'sha256').digest())
+    return models, at, f'open_clip {where} of preset {models.preset.name}', sha.hexdigest()[:16]
 
 def _clip_sim(setup):
-    models, _, net, sha = _clip(setup)
+    models, _, net, sha = _once(setup, 'clip', lambda: _clip(setup))
     return PerFrame(lambda p: (lambda a, b: (a*b).sum(1))(*p.both('clip', models.clip_embed)), net=net, sha256=sha)
 
 def consistency(): # makes a function of unit features (N,D) in order, → a number for each but the first
@@ -215,7 +221,7 @@ def consistency(): # makes a function of unit features (N,D) in order, → a num
     return see
 
 def _background(setup):
-    models, _, net, sha = _clip(setup)
+    models, _, net, sha = _once(setup, 'clip', lambda: _clip(setup))
     return PerSide(consistency, lambda p: p.both('clip', models.clip_embed), net, sha)
 
 # %% ../nbs/81_video_metrics.ipynb #81-020
@@ -230,20 +236,22 @@ def dino_vit(
         net = VisionTransformer(round((pos.shape[1] - 1)**.5)*patch, patch, num_classes=0, global_pool='token', embed_dim=pos.shape[2], depth=depth, num_heads=max(1, pos.shape[2]//64), dynamic_img_size=True)
     return _fill(net, state, 'dino')
 
-def _subject(setup):
+def _dino(setup): # the network, its patch and width, and the weights' digits
     state, sha = _weights(setup, 'dino')
-    net = dino_vit(state).to(setup.device)
-    patch = state['patch_embed.proj.weight'].shape[-1]
+    return dino_vit(state).to(setup.device), state['patch_embed.proj.weight'].shape[-1], state['pos_embed'].shape[2], sha
+
+def _subject(setup):
+    net, patch, width, sha = _once(setup, 'dino', lambda: _dino(setup))
     mean, std = (torch.tensor(v, device=setup.device)[:, None, None] for v in ([.485, .456, .406], [.229, .224, .225]))
     def embed(frames):
         x = torch.from_numpy(np.ascontiguousarray(frames)).to(setup.device).permute(0, 3, 1, 2).float()/255
         h, w = (max(224, int(n*224/min(x.shape[-2:]))) for n in x.shape[-2:])
         x = F.interpolate(x, (h, w), mode='bilinear', align_corners=False)[..., :h//patch*patch, :w//patch*patch]
         return F.normalize(net((x - mean)/std), dim=-1).cpu().numpy()
-    return PerSide(consistency, lambda p: p.both('dino', embed), f"DINO ViT, width {state['pos_embed'].shape[2]}, patch {patch}", sha)
+    return PerSide(consistency, lambda p: p.both('dino', embed), f'DINO ViT, width {width}, patch {patch}', sha)
 
 def _clip_iqa(setup):
-    models, at, net, sha = _clip(setup)
+    models, at, net, sha = _once(setup, 'clip', lambda: _clip(setup))
     if models.preset.parts.get('clip') is None or part_state(models.preset, 'clip')[0] == 'embedded':
         raise NotAvailable('the embedded CLIP has read only drawn scenes, and cannot tell good photos: name a preset with a published CLIP in models=')
     import open_clip
