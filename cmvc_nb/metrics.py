@@ -168,7 +168,7 @@ class Scores(dict):
         "For JSON."
         return {k: s.to_dict() for k, s in self.items()}
     def __repr__(self):
-        return '\n'.join(f"{k:12} " + (f'{s.value:<9.5g}' + (f' source {s.source:.5g}' if s.source is not None else '') if s.value is not None else f'not available: {s.why}') for k, s in self.items())
+        return '\n'.join(f"{k:12} " + (f'{s.value:<9.5g}' + (f' source {s.source:.5g}' if s.source is not None else '') if s.value is not None else f'not available: {s.why}').rstrip() for k, s in self.items())
     def _repr_html_(self):
         num = lambda v: '' if v is None else f'{v:.5g}'
         def row(s):
@@ -297,9 +297,10 @@ class Meter:
         models=None,  # `Models`, whose CLIP is used; None for the embedded one
         device=None,  # see `pick_device`; None is the models', or a GPU if there is one
         weights=None, # network → file, see `cmvc_nb.video_metrics.find_weights`
+        setup=None,   # another meter's `setup`, to share its networks; then the three before are not looked at
     ):
         self.names, self.strict = _chosen(names)
-        self.setup = Setup(torch.device(device) if isinstance(device, torch.device) else models.device if models and device is None else pick_device(device)[0], models, dict(weights or {}))
+        self.setup = setup or Setup(torch.device(device) if isinstance(device, torch.device) else models.device if models and device is None else pick_device(device)[0], models, dict(weights or {}))
         self.known, self.gauges, self.why, self.size, self.length = all_metrics(), {}, {}, None, 0
         for n in self.names:
             try: self._need(n); self.gauges[n] = self.known[n].make(self.setup)
@@ -355,10 +356,10 @@ def _chunks(a, b): # pairs of chunks of two iterables of frames
 
 def metrics_of(
     a, b,         # source and decoded: uint8 (T,H,W,3), or iterables of such frames
-    names=None, models=None, device=None, weights=None, # see `Meter`
+    names=None, models=None, device=None, weights=None, setup=None, # see `Meter`
 )->Scores: # `CmvcError` for clips of different size or length, pictures too small for a metric asked for by name, unknown names
     "Metrics of a whole decoded clip: for each the clip's value, the frames', and how it was made."
-    m = Meter(names, models, device, weights)
+    m = Meter(names, models, device, weights, setup)
     if hasattr(a, 'dtype') and hasattr(b, 'dtype'): _check(a, b)
     for x, y in _chunks(a, b): m.feed(x, y)
     return m.finish()
