@@ -131,7 +131,8 @@ class Anchor:
         (knob, lo, hi, _), frames = self.knob, as_frames(frames)
         if not min(lo, hi) <= point <= max(lo, hi): raise CmvcError(f'{self.name}: {knob} {point} given; {lo} (smallest file) to {hi} expected')
         have = frames.shape[2:0:-1]; size = self.size(*have); whole = _whole(size)
-        small = np.pad(resize(frames, have, size), ((0, 0), (0, whole[1]-size[1]), (0, whole[0]-size[0]), (0, 0)), 'edge')
+        small = resize(frames, have, size)
+        if whole != size: small = np.pad(small, ((0, 0), (0, whole[1]-size[1]), (0, whole[0]-size[0]), (0, 0)), 'edge')
         return _reasons(f'{self.name} at {knob} {point}', lambda: pack(self.units([to_planes(f, whole) for f in small], whole, frame_rate(fps), point, self.preset)))
     def decode(self,
         data:bytes, # from `encode`
@@ -286,10 +287,7 @@ def _hold(a, b, times): return [a]*len(times)
 
 def _blend(a, b, times): return [np.rint((1-t)*a + t*np.float32(b)).astype(np.uint8) for t in times]
 
-def _dis(a, b):
-    n = cv2.getNumThreads(); cv2.setNumThreads(1) # its result depends on the number of threads
-    try: return cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(*(cv2.cvtColor(x, cv2.COLOR_RGB2GRAY) for x in (a, b)), None)
-    finally: cv2.setNumThreads(n)
+def _dis(a, b): return cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(*(cv2.cvtColor(x, cv2.COLOR_RGB2GRAY) for x in (a, b)), None)
 
 def _flow(a, b, times):
     (h, w), there, back, out = a.shape[:2], _dis(a, b), _dis(b, a), []

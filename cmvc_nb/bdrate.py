@@ -42,7 +42,7 @@ def monotone(
     "The points that no other one beats at its rate or below."
     sign, keep = -1 if lower else 1, []
     for r, v in sorted(as_points(points).tolist(), key=lambda p: (p[0], -sign*p[1])):
-        if not keep or (r > keep[-1][0] and sign*v > sign*keep[-1][1]): keep.append((r, v))
+        if not keep or sign*v > sign*keep[-1][1]: keep.append((r, v))
     return np.array(keep).reshape(-1, 2)
 
 def convex_hull(

@@ -72,11 +72,11 @@ def bd_table(
     out = []
     for metric in metrics or metrics_in(rows):
         lower, flat = lower_better(rows, metric), [dict(clip=r['clip'], codec=r['codec'], point=r['point'], bpp=r['bpp'], **{metric: value(r, metric)}) for r in ok if value(r, metric) is not None]
-        for codec in _names(rows, 'codec'):
+        for codec in _names(rows, 'codec'): # over convex hulls on both sides: one clean-up for all rows
             if codec == anchor: continue
             a, t = ([r for r in flat if r['codec'] == c] for c in (anchor, codec))
             both = {r['clip'] for r in a} & {r['clip'] for r in t}
-            row, how = dict(codec=codec, metric=metric, clips={}, mean=None, counted=0, mean_curve=''), dict(lower=lower, clean='hull' if codec.startswith('cmvc-') else 'monotone')
+            row, how = dict(codec=codec, metric=metric, clips={}, mean=None, counted=0, mean_curve=''), dict(lower=lower, clean='hull')
             found = []
             for clip in sorted(both):
                 try: b = bd_rate([r for r in a if r['clip'] == clip], [r for r in t if r['clip'] == clip], metric, **how)
@@ -142,7 +142,7 @@ def write_report(
     if lost := set(names) - set(metrics_in(rows)): raise CmvcError(f"{folder}: no values of {', '.join(sorted(lost))}; there are {', '.join(metrics_in(rows))}")
     one = good(rows)[0]
     page = [f"<h1>{len(clips)} clips, {len(_names(rows, 'codec'))} codecs, {len(good(rows))} points</h1><p>{one['frames']} frames of {one['size']}, the same pixels for all codecs; every byte counted; cmvc_nb {one['version']}. "
-            f"Lines of cmvc are convex hulls of its points. Rates are logarithmic, better is up.</p>"]
+            f"Lines of cmvc, and BD-rates of all, are over convex hulls of the points. Rates are logarithmic, better is up.</p>"]
     if bad: page.append(f'<h2>{len(bad)} points failed</h2>' + _table(['clip', 'codec', 'point', 'why'], [[r[k] for k in ('clip', 'codec', 'point', 'error')] for r in bad]))
     page.append(f'<h2>BD-rate against {html.escape(anchor)}</h2>' + _table(['metric', 'codec', 'mean of clips', 'of so many', 'mean curve', *clips],
         [[r['metric'], r['codec'], '' if r['mean'] is None else f"{r['mean']:+.1f} %", r['counted'], r['mean_curve'], *(r['clips'].get(c, '') for c in clips)] for r in bd_table(rows, anchor, names)]))
