@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .errors import CmvcError
 from .lora import _levels, attach, deterministic, fit_keyframes, lora_weights, split, write_lora
+from .morpher import adain, self_attentions, with_keyframes
 from .tt2v import vae_batch
 
 # %% ../nbs/61_it2v.ipynb #61-006
@@ -150,11 +151,14 @@ class DualLoRAPipeline(DiffusionPipeline):
 
     def __init__(self, vae, text_encoder, tokenizer, unet, scheduler, # AutoencoderTiny or AutoencoderKL, CLIPTextModel, CLIPTokenizer, UNet2DConditionModel, anything with alphas_cumprod
                  lora_rank:int=4, lora_lr:float=3e-3, lora_draws:int=1,   # of `fit_loras`
-                 init:str='lerp', solver:str='ddim', share:float=.5, batch_size:int=8):   # defaults of `__call__`
+                 init:str='lerp', solver:str='ddim', share:float=.5, batch_size:int=8,    # defaults of `__call__`
+                 attention:float=0., adain:bool=False):                  # part of the steps that share the keyframes' attention, keyframes' statistics for the noise
         super().__init__()
         self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
-        self.register_to_config(lora_rank=lora_rank, lora_lr=lora_lr, lora_draws=lora_draws, init=init, solver=solver, share=share, batch_size=batch_size)
+        self.register_to_config(lora_rank=lora_rank, lora_lr=lora_lr, lora_draws=lora_draws, init=init, solver=solver, share=share, batch_size=batch_size,
+                                attention=attention, adain=adain)
         if not hasattr(scheduler, 'alphas_cumprod'): raise CmvcError(f'{type(scheduler).__name__} has no alphas_cumprod: use a DDIM-like scheduler')
+        if not 0 <= attention <= 1: raise CmvcError(f'attention {attention} is a part of the steps: expected 0 to 1')
         if unet.config.in_channels != unet.config.out_channels:
             raise CmvcError(f'a UNet with {unet.config.in_channels} channels in and {unet.config.out_channels} out is not a text-to-image model')
         for part in (vae, text_encoder, unet): part.requires_grad_(False).eval()
@@ -230,18 +234,18 @@ class Clip:
     dual:bool           # LoRAs are attached
     batch_size:int      # frames a UNet call
     alike:tuple=None    # ρ and τ (1,1,H,W), from `likeness`
-    ends:torch.Tensor=None # (2,C,h,w) both keyframes' noise, for 'lerp' and 'slerp'
+    ends:torch.Tensor=None # (2,C,h,w) both keyframes' noise, for 'lerp', 'slerp', attention and adain
     evaluations:int=0   # rows that went through the UNet so far
 
     def __post_init__(self): # once, since diffusers walks the whole model for each of these
         self.dtype, self.level = self.pipe.unet.dtype, {t: self.pipe.level(t) for t in self.times}.__getitem__
 
-    def predictor(self, w_l):
+    def predictor(self, w_l, around=nullcontext):
         "(x, t) → picture and noise, with each row's own mixture of the LoRAs (eq. 6)."
         pipe, kind = self.pipe, self.pipe.scheduler.config.prediction_type
         def predict(x, t):
             self.evaluations += len(x)
-            with lora_weights(pipe.unet, {'0': w_l, '1': 1-w_l}) if self.dual else nullcontext():
+            with lora_weights(pipe.unet, {'0': w_l, '1': 1-w_l}) if self.dual else nullcontext(), around():
                 out = pipe.unet(x.to(self.dtype), t, encoder_hidden_states=self.text.expand(len(x), -1, -1)).sample
             return split(kind, out.float(), x, *self.level(t))
         if not torch.is_grad_enabled(): return predict
@@ -263,8 +267,10 @@ class Clip:
         if self.init == 'sdedit': z = a*z + s*self.noise
         elif self.init == 'ddim': z = invert(predict, z, self.times, level)
         else: z = (slerp if self.init == 'slerp' else blend)(w_i, *self.ends)
-        # 4. denoise under the mixture of LoRAs (eq. 6)
-        z = denoise(predict, z, self.times, level, self.solver)
+        if pipe.config.adain: z = adain(w_i, z, self.ends)
+        # 4. denoise under the mixture of LoRAs (eq. 6), the keyframes beside the frames where they share attention
+        if pipe.config.attention: predict, z = with_keyframes(self, w_i, w_l, z)
+        z = denoise(predict, z, self.times, level, self.solver)[-len(w_i):]
         # 5. decode, and mix by how alike the keyframes are
         gamma, m = shares(*self.alike, w_i, s, pipe.config.share)
         return kept + m*(pipe.to_image(z) - kept) + gamma*lost
@@ -296,6 +302,7 @@ def clip(
     if x[0].shape != x[1].shape: raise CmvcError(f'keyframes differ in size: {tuple(x[0].shape)} and {tuple(x[1].shape)}')
     if init not in INITS: raise CmvcError(f'init {init!r} is not one of {INITS}')
     if loras is not None and len(loras) != 2: raise CmvcError(f'a clip has two LoRAs, got {len(loras)}')
+    if c.attention: self_attentions(self.unet)
     times = timeline(self.scheduler, num_inference_steps, strength)
     x = torch.stack(x).to(self._execution_device)
     if x.shape[2] % self.multiple or x.shape[3] % self.multiple:
@@ -312,8 +319,9 @@ def clip(
         for n, state in zip('01', loras or ()): write_lora(self.unet, n, state)
         self.unet.requires_grad_(False)
         out = Clip(self, x, text, times, noise, init, solver, bool(loras), batch_size, alike)
-        if init in ('lerp', 'slerp'): # 4. both keyframes to noise, each under its own LoRA, in one batch
-            with torch.no_grad(): out.ends = invert(out.predictor(torch.tensor([1., 0.])), z, times, out.level, rounds=ROUNDS)
+        if init in ('lerp', 'slerp') or c.attention or c.adain: # 4. both keyframes to noise, each under its own LoRA, in one batch
+            a, s = out.level(times[-1])
+            with torch.no_grad(): out.ends = a*z + s*noise if init == 'sdedit' else invert(out.predictor(torch.tensor([1., 0.])), z, times, out.level, rounds=ROUNDS)
         yield out
 
 DualLoRAPipeline.clip = clip
