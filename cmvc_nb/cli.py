@@ -21,7 +21,7 @@ app = typer.Typer(name='cmvc', no_args_is_help=True, add_completion=False, prett
                   help='Cross-Modality Video Coding: a video as a few keyframes, words and weights, generated again when it is decoded.')
 
 Mode = Enum('Mode', dict(it2v='it2v', tt2v='tt2v'), type=str) # modes of the paper
-Search = Enum('Search', dict(batched='batched', gradient='gradient', none='none'), type=str) # searches of w_i and w_l
+Search = Enum('Search', dict(batched='batched', gradient='gradient', even='even', none='none'), type=str) # searches of w_i and w_l
 Select = Enum('Select', dict(cosine='cosine', mse='mse', uniform='uniform', random='random', m3='m3'), type=str) # keyframe selections
 Images = Enum('Images', dict(av1='av1', avif='avif', webp='webp', jpeg='jpeg', x265='x265'), type=str) # keyframe codecs
 Settings = Enum('Settings', dict(preset='preset', paper='paper'), type=str) # where LoRA and sampling steps come from
@@ -73,7 +73,7 @@ def encode(
     text_budget:Annotated[Optional[int], typer.Option(help='at most so many bytes of text for a keyframe')]=None,
     motion_budget:Annotated[Optional[int], typer.Option(help='at most so many bytes of text for a motion')]=None,
     words:Annotated[Optional[Path], typer.Option(help='page of `cmvc describe`, edited: its keyframes and texts')]=None,
-    search:Annotated[Search, typer.Option(help='how w_i and w_l are found; gradient is the paper\'s eq. 7 and 8')]=Search.batched,
+    search:Annotated[Search, typer.Option(help='how w_i and w_l are found; gradient is the paper\'s eq. 7 and 8, even makes steps that look alike')]=Search.batched,
     size:Annotated[Optional[str], typer.Option(help='working size: 256, or 320x192; multiples of 64')]=None,
     settings:Annotated[Settings, typer.Option(help='paper: 100 LoRA steps and 50 sampling steps (a strength of 0.3 walks 15 of them), slow')]=Settings.preset,
     steps:Annotated[Optional[int], typer.Option(help='sampling steps')]=None, lora_steps:Annotated[Optional[int], typer.Option(help='training steps of a LoRA')]=None,

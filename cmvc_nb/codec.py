@@ -251,7 +251,7 @@ class Codec:
         text_budget:int=None, # UTF-8 bytes of a keyframe's text at most
         motion_budget:int=None, # and of a motion's
         words=None,           # `Words` or a page of them: which frames are keyframes, and all texts; the describer is not asked
-        search:str='batched', # of w_i and w_l: 'batched', 'gradient' (eq. 7, 8) or None (uniform)
+        search:str='batched', # of w_i and w_l: 'batched', 'gradient' (eq. 7, 8), 'even' (steps that look alike, not searched) or None (uniform)
         size=None,            # working size in pixels or (width, height); None: the preset's
         seed:int=None,        # None: 0, or in tt2v the best of `tries`
         tries:int=None,       # seeds that tt2v tries, 1 for none; None: the preset's, or 8
@@ -266,7 +266,7 @@ class Codec:
         tell = progress or (lambda *a: None)
         if mode not in ('it2v', 'tt2v'): raise CmvcError(f"mode '{mode}': expected it2v or tt2v")
         _check(selection, keyframes=(keyframes, 2), interval=(interval, 1), max_frames=(max_frames, 2), seed=(seed, 0), tries=(tries, 1))
-        if search not in ('batched', 'gradient', None): raise CmvcError(f"search '{search}': expected batched or gradient")
+        if search not in ('batched', 'gradient', 'even', None): raise CmvcError(f"search '{search}': expected batched, gradient or even")
         if settings not in (None, 'preset', 'paper'): raise CmvcError(f"settings '{settings}': expected preset or paper")
         if path is not None: check_writable(path)
         if words is not None:

@@ -44,7 +44,7 @@ def test_another_process_of_models_decodes_the_same(folder, codec, it2v, tt2v):
     other = Codec.from_pretrained(folder, 'cpu')
     for e in (it2v, tt2v): assert (other.decode(e.data).frames == codec.decode(e.data).frames).all()
 
-@pytest.mark.parametrize('search', ['batched', 'gradient', None])
+@pytest.mark.parametrize('search', ['batched', 'gradient', 'even', None])
 def test_the_frames_scored_are_the_frames_decoded(codec, clip, search, monkeypatch):
     from cmvc_nb import codec as module
     scored, played, play, psnr = [], [], Player.play, module.psnr
