@@ -31,6 +31,7 @@ class Preset:
     tt2v:dict=field(default_factory=dict) # options of the text-to-video generator
     it2v:dict=field(default_factory=dict) # options of the image-to-video generator
     describe:dict=field(default_factory=dict) # options of the describer
+    config:str='stable-diffusion-v1-5/stable-diffusion-v1-5' # folder or hub id whose configurations fit a diffusion model in one file
     licences:dict=field(default_factory=dict) # role → licence
     about:str=''              # one line
     good_for:str=''           # one line
@@ -52,13 +53,14 @@ def list_presets()->list: # of `Preset`
     return [_read(p) for p in sorted(PRESETS.glob('*.yaml'))]
 
 def load_preset(
-    name:str|Path, # preset name, YAML file, folder in diffusers' layout, or hub id 'owner/name'
+    name:str|Path, # preset name, YAML file, folder in diffusers' layout, Stable Diffusion in one .safetensors file, or hub id 'owner/name'
 )->Preset:         # `CmvcError` if there is no such thing
     "Find a preset; loads no weights."
     if isinstance(name, Preset): return name
     path, known = Path(name), [p.stem for p in PRESETS.glob('*.yaml')]
     if str(name) in known: return _read(PRESETS/f'{name}.yaml')
     if path.suffix in ('.yaml', '.yml'): return _read(path)
+    if path.suffix == '.safetensors' and path.is_file(): return Preset(path.stem, {'diffusion': str(path.resolve())})
     if path.is_dir():
         if (path/'preset.yaml').exists(): return _read(path/'preset.yaml')
         if not (path/'model_index.json').exists(): raise CmvcError(f"{path} has neither preset.yaml nor model_index.json: expected a folder in diffusers' layout")

@@ -114,3 +114,43 @@ def test_too_little_memory_is_not_called_damage(folder, error, monkeypatch):
     def fail(*a, **k): raise error
     monkeypatch.setattr(StableDiffusionPipeline, 'from_pretrained', fail)
     with pytest.raises(CmvcError, match='not enough memory to load diffusion'): load_models(folder, 'cpu').tt2v
+
+
+# ---- one file
+
+@pytest.fixture
+def single(tmp_path, monkeypatch):
+    from dummies import dummy_components, make_dummy_sd
+    from dummies_single import make_single_file
+    monkeypatch.setenv('CMVC_CACHE', str(tmp_path/'cache'))
+    parts = dummy_components(3, 'epsilon', 'kl')
+    make_dummy_sd(tmp_path/'config', 7, 'epsilon', 'kl') # other weights: only its configurations count
+    for f in (tmp_path/'config').rglob('*.safetensors'): f.unlink()
+    return make_single_file(tmp_path/'mine.safetensors', **parts), tmp_path/'config', parts
+
+def test_a_model_in_one_file(single, tmp_path):
+    file, config, parts = single
+    (tmp_path/'p.yaml').write_text(f'name: one\nparts: {{diffusion: mine.safetensors}}\nconfig: config\nsettings: {{steps: 2, lora_steps: 2, strength: 0.5, guidance_scale: 1.0}}\nsize: 64')
+    m = load_models(tmp_path/'p.yaml', 'cpu'); at = part_folder(m.preset, 'diffusion')
+    assert at.parent == tmp_path/'cache'/'imported' and (at/'unet/diffusion_pytorch_model.safetensors').exists()
+    for name in ('unet', 'vae', 'text_encoder'):
+        have, want = getattr(m.it2v, name).state_dict(), parts[name].state_dict()
+        assert set(want) <= set(have) and all((have[k] - want[k]).abs().max() <= 1e-3*max(1, want[k].abs().max()) for k in want), name
+    stamp = (at/'model_index.json').stat().st_mtime_ns
+    assert part_folder(load_preset(tmp_path/'p.yaml'), 'diffusion') == at and (at/'model_index.json').stat().st_mtime_ns == stamp # once
+    assert m.preset.fingerprint() == load_preset(tmp_path/'p.yaml').fingerprint()
+
+def test_a_single_file_is_a_preset(single, hub):
+    file, config, _ = single
+    shutil.copytree(config, hub.root/'stable-diffusion-v1-5--stable-diffusion-v1-5')
+    p = load_preset(file)
+    assert p.name == 'mine' and (part_folder(p, 'diffusion')/'vae/config.json').exists() and hub.asked[-1][0] == 'stable-diffusion-v1-5/stable-diffusion-v1-5'
+
+def test_files_that_hold_no_model(single, tmp_path):
+    from safetensors.torch import save_file
+    import torch
+    file, config, _ = single
+    for name, make in (('noise', lambda f: f.write_bytes(b'x'*99)), ('lora', lambda f: save_file({'lora_up.weight': torch.zeros(2, 2)}, f))):
+        bad = tmp_path/f'{name}.safetensors'; make(bad)
+        with pytest.raises(CmvcError, match=f'{name}.safetensors: cannot be taken apart') as e: part_folder(Preset('x', {'diffusion': str(bad)}, config=str(config)), 'diffusion')
+        assert '\n' not in str(e.value) and not list((tmp_path/'cache').rglob('*.tmp'))
