@@ -30,11 +30,15 @@ class Job:
     metrics:tuple=() # names; () is all that need no download
     preset:str='tiny' # of ours
     @property
+    def title(self):
+        "The clip's name in tables."
+        return Path(self.clip).resolve().stem or 'clip'
+    @property
     def name(self):
         "The name of its file."
         word = lambda s: re.sub(r'[^\w.@+-]', '_', s.replace('/', ':')).replace(':', '~')
         key = hashlib.sha256(json.dumps([str(Path(self.clip).resolve()), self.frames, self.size, self.metrics, self.preset]).encode()).hexdigest()[:6]
-        return f"{word(Path(self.clip).stem)}/{word(self.codec)}_{word(str(self.point))}_{key}"
+        return f"{word(self.title)}/{word(self.codec)}_{word(str(self.point))}_{key}"
 
 def our_point(
     word:str, # k<keyframes>q<quality>t<bytes of text>; q and t may be left out
@@ -89,7 +93,7 @@ def measure(
     scores = metrics_of(frames, shown, job.metrics or None, device='cpu').to_dict()
     for s in scores.values(): s.pop('what', None); s['frames'] = [None if v is None else round(v, 4) for v in s.get('frames') or []]
     pick = np.linspace(0, n-1, strip).round().astype(int)
-    return dict(asdict(job), clip=Path(job.clip).stem, path=str(job.clip), fps=str(fps), width=w, height=h, bytes=size, bpp=8*size/(n*h*w), kbps=8*size*float(fps)/n/1000,
+    return dict(asdict(job), clip=job.title, path=str(job.clip), fps=str(fps), width=w, height=h, bytes=size, bpp=8*size/(n*h*w), kbps=8*size*float(fps)/n/1000,
                 seconds=dict(encode=round(enc, 2), decode=round(dec, 2)), metrics=scores, notes=notes, version=cmvc_nb.__version__, file=job.name, strip=_webp(np.hstack(shown[pick])), source=_webp(np.hstack(frames[pick])))
 
 def _webp(a):
@@ -102,27 +106,34 @@ def saved(out)->list: # of rows, sorted by name
     "All points in a folder, failures among them."
     rows = []
     for p in sorted(Path(out).glob('points/*/*.json')):
-        try: rows.append(json.loads(p.read_text()))
-        except (OSError, ValueError): continue # cut short: it will be measured again
+        if row := _row(p): rows.append(row)
+    paths = {}
+    for r in rows: paths.setdefault(r['clip'], set()).add(r['path'])
+    for r in rows:
+        if len(paths[r['clip']]) > 1: r['clip'] = f"{Path(r['path']).resolve().parent.name}/{Path(r['path']).name}" # clips of one name
     return rows
+
+def _row(path): # None if it is not there, cut short, or not ours
+    try: row = json.loads(path.read_text())
+    except (OSError, ValueError): return None
+    return row if isinstance(row, dict) and {'clip', 'path', 'codec', 'point', 'file'} <= set(row) and ('error' in row or {'bytes', 'metrics'} <= set(row)) else None
 
 def _file(out, job): return Path(out)/'points'/f'{job.name}.json'
 
-def _done(out, job):
-    try: return 'error' not in json.loads(_file(out, job).read_text())
-    except (OSError, ValueError): return False
+def _done(out, job): return 'error' not in (_row(_file(out, job)) or {'error': ''})
 
 def _keep(out, job, row):
     at = _file(out, job); at.parent.mkdir(parents=True, exist_ok=True)
-    for k, name in (('strip', at.with_suffix('.webp')), ('source', at.parent/f"source_{job.frames}_{job.size}.webp")):
+    for k, name in (('strip', at.with_suffix('.webp')), ('source', at.parent/f"source_{at.stem.rsplit('_', 1)[1]}.webp")):
         if data := row.pop(k, None): write_whole(name, data)
     write_whole(at, json.dumps(row, indent=1))
 
-def _fail(out, job, why): _keep(out, job, dict(asdict(job), clip=Path(job.clip).stem, path=str(job.clip), file=job.name, error=' '.join(str(why).split())[:500]))
+def _fail(out, job, why): _keep(out, job, dict(asdict(job), clip=job.title, path=str(job.clip), file=job.name, error=' '.join(str(why).split())[:500]))
 
-def work(out, jobs): # a child's whole life; jobs as dicts
-    "Measure some points, one after another, and write each."
+def work(out, jobs, parent=None): # a child's whole life; jobs as dicts
+    "Measure some points, one after another, and write each, as long as the parent lives."
     for job in (Job(**j | dict(metrics=tuple(j['metrics']))) for j in jobs):
+        if parent and os.getppid() != parent: return
         if _done(out, job): continue
         try: _keep(out, job, measure(job))
         except (CmvcError, OSError, MemoryError, RuntimeError) as e: _fail(out, job, e if isinstance(e, CmvcError) else f'{type(e).__name__}: {e}')
@@ -145,7 +156,7 @@ def run_jobs(
     def start(group):
         said = tempfile.TemporaryFile('w+')
         p = subprocess.Popen([sys.executable, '-c', _CHILD], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=said, text=True, env=os.environ | {'OMP_NUM_THREADS': threads})
-        p.stdin.write(json.dumps([str(out), [asdict(j) for j in group]])); p.stdin.close()
+        p.stdin.write(json.dumps([str(Path(out).resolve()), [asdict(j) for j in group], os.getpid()])); p.stdin.close()
         alive.append((p, group, said, set()))
     def look(group, seen):
         nonlocal done
@@ -181,10 +192,17 @@ def plan(
 )->list: # of `Job`; `CmvcError` for an unknown codec, point, metric, or a missing clip
     "All points of all codecs on all clips."
     from cmvc_nb.anchors import RIVALS, get_anchor
-    jobs, points = [], points or {}
+    jobs, points = [], {k: list(map(str, v)) for k, v in (points or {}).items()}
+    if not (m := re.fullmatch(r'(\d+)x(\d+)', str(size))) or not all(0 < (s := int(v)) <= 16384 for v in m.groups()): raise CmvcError(f"size {size!r}: expected width x height, as in 256x256")
+    w, h = int(m[1]), int(m[2])
+    if any(c.startswith('cmvc-') for c in codecs):
+        from cmvc_nb.models import load_preset
+        load_preset(preset)
+        if w % 64 or h % 64: raise CmvcError(f"size {size}: ours needs multiples of 64")
     if metrics:
         from cmvc_nb.metrics import all_metrics
         if bad := set(metrics) - set(all_metrics()): raise CmvcError(f"no metric named {sorted(bad)[0]!r}: expected some of {', '.join(all_metrics())}")
+        if small := [m for m in metrics if all_metrics()[m].least > min(w, h)]: raise CmvcError(f"metric {small[0]} needs {all_metrics()[small[0]].least} pixels each way, size {size} has fewer")
     if bad := set(points) - set(codecs): raise CmvcError(f"points for {sorted(bad)[0]!r}, which is not among the codecs {', '.join(codecs)}")
     for codec in codecs:
         base, _, rival = codec.partition('+')
@@ -192,9 +210,11 @@ def plan(
             if rival and (base != 'cmvc-it2v' or rival not in RIVALS): raise CmvcError(f"codec {codec!r}: expected {', '.join(OURS)}, or cmvc-it2v+ one of {', '.join(RIVALS)}")
             some = points.get(codec) or POINTS[base]; [our_point(p) for p in some]
         else:
-            a = get_anchor(codec); some = points.get(codec) or a.points
+            a = get_anchor(codec); some = points.get(codec) or a.points; knob, lo, hi, _ = a.knob
+            for p in some:
+                if not re.fullmatch(r'\d+(\.\d+)?', str(p)) or not min(lo, hi) <= float(p) <= max(lo, hi): raise CmvcError(f"point {p!r} of {codec}: expected {knob} from {lo} (smallest file) to {hi}")
             if why := a.missing(): raise CmvcError(f'{codec}: {why}')
         for clip in clips:
             if not Path(clip).exists(): raise CmvcError(f'{clip}: no such file')
             jobs += [Job(str(clip), codec, str(p), frames, size, tuple(metrics), preset) for p in some]
-    return jobs
+    return list(dict.fromkeys(jobs))

@@ -41,7 +41,7 @@ class Bars:
     def __enter__(self):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-        self.bar = Progress(TextColumn('{task.description:>12}'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), *[TimeRemainingColumn()]*self.left, console=Console(stderr=True), disable=self.quiet, transient=not sys.stderr.isatty())
+        self.bar = Progress(TextColumn('{task.description:>12}'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), *[TimeRemainingColumn()]*self.left, console=Console(stderr=True), disable=self.quiet or not sys.stderr.isatty())
         self.bar.start(); return self
     def __exit__(self, *a): self.bar.stop()
     def __call__(self, stage, done, total):
@@ -112,7 +112,7 @@ def decode(
 ):
     "Decode a .cmvc file to a video."
     from cmvc_nb.codec import Codec
-    if output != '-': check_writable(output)
+    if output != '-': check_writable(output, file)
     c = Codec.from_pretrained(preset, device, dtype, offload, _parts(part))
     with Bars(quiet or as_json) as bars: d = c.decode(file, output, _clips(clips), force, salvage, bars)
     for p in d.problems: print(f'cmvc: {p}', file=sys.stderr)
@@ -161,7 +161,7 @@ def convert(
     from cmvc_nb.bitstream import drop_images, open_cmvc, to_bytes
     from cmvc_nb.models import load_preset
     if mode is Mode.it2v: raise CmvcError('convert to it2v: the images are not in a tt2v file; encode the source again')
-    check_writable(output)
+    check_writable(output, file)
     p = load_preset(preset)
     with open_cmvc(file) as f: theirs = f.header.preset
     if theirs != p.fingerprint(): raise CmvcError(f"the file was made with models {theirs.hex()}, preset {p.name} is {p.fingerprint().hex()}: name the right --preset")
@@ -190,7 +190,7 @@ def describe(
     "Describe a video in words that a person can edit and `encode --words` takes."
     from cmvc_nb.codec import Codec
     from cmvc_nb.words import save_words
-    c = Codec.from_pretrained(preset, device, dtype, offload, _parts(part)); check_writable(output)
+    c = Codec.from_pretrained(preset, device, dtype, offload, _parts(part)); check_writable(output, clip)
     with Bars(quiet or as_json) as bars:
         w = c.describe(clip, keyframes, interval, selection.value, both, text_budget, motion_budget, _size(size), seed, frames, raw, fps, bars)
     save_words(w, output)
@@ -277,7 +277,7 @@ def compare(
 ):
     "Measure how near one video is to another."
     from cmvc_nb.report import compare_videos
-    if sheet: check_writable(sheet)
+    if sheet: check_writable(sheet, source, decoded)
     with Bars(quiet or as_json) as bars: s = compare_videos(source, decoded, _list_of(metrics), sheet, tell=lambda n: bars('frames', n, None))
     _out(as_json, s.to_dict(), repr(s))
 
@@ -298,11 +298,15 @@ def bench(
 ):
     "Measure codecs on clips, each point once."
     from cmvc_nb.bench import plan, run_jobs
-    given = dict(p.partition('=')[::2] for p in points or [])
+    given = {}
+    for p in points or []:
+        c, _, ps = p.partition('=')
+        if not c or not ps.strip(','): raise CmvcError(f"points '{p}': expected CODEC=POINT,POINT…, for example x265=51,46")
+        given[c] = given.get(c, []) + [w.strip() for w in ps.split(',') if w.strip()]
     names = _list_of(metrics) or ()
-    jobs = plan(clips, [c.strip() for c in codecs.split(',')], {k: v.split(',') for k, v in given.items()}, frames, size, [names] if isinstance(names, str) else names, preset)
+    jobs = plan(clips, [c.strip() for c in codecs.split(',')], given, frames, size, [names] if isinstance(names, str) else names, preset)
     output.mkdir(parents=True, exist_ok=True)
-    with Bars(quiet or as_json, left=True) as bars: rows = run_jobs(jobs, output, processes, lambda done, total, line: (bars('points', done, total), bars.bar.console.print(line, highlight=False)))
+    with Bars(quiet or as_json, left=True) as bars: rows = run_jobs(jobs, output, processes, lambda done, total, line: (bars('points', done, total), bars.bar.console.print(line, highlight=False, markup=False, soft_wrap=True)))
     bad = [r for r in rows if 'error' in r]
     _out(as_json, dict(points=len(rows), failed=[dict(clip=r['clip'], codec=r['codec'], point=r['point'], error=r['error']) for r in bad]), f"{output}: {len(rows)-len(bad)} points, {len(bad)} failed; next: cmvc report {output}")
     if bad: raise typer.Exit(1)

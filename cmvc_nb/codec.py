@@ -268,10 +268,11 @@ class Codec:
         _check(selection, keyframes=(keyframes, 2), interval=(interval, 1), max_frames=(max_frames, 2), seed=(seed, 0), tries=(tries, 1))
         if search not in ('batched', 'gradient', 'even', None): raise CmvcError(f"search '{search}': expected batched, gradient or even")
         if settings not in (None, 'preset', 'paper'): raise CmvcError(f"settings '{settings}': expected preset or paper")
-        if path is not None: check_writable(path)
+        if path is not None: check_writable(path, source, words)
         if words is not None:
             words = load_words(words)
             if keyframes or interval: raise CmvcError('the words say which frames are keyframes: leave keyframes and interval out')
+            if text_budget is not None or motion_budget is not None: raise CmvcError('the words are sent as they are: leave budgets out, or shorten them on the page')
         with Video(source, raw=raw, fps=fps) as video:
             # 2. choose keyframes, in a first pass
             keys, count = _keys(self, video, tell, keyframes, interval, selection, both, seed, max_frames, words)
@@ -358,6 +359,7 @@ def _decode(self,
         for n_frames in r.lengths[a:b]: check_clip(n_frames, h)
         player = Player.of(self.models, r)
         geo, out, count = Geometry(h.width, h.height, h.coded_width, h.coded_height), [], 0
+        if path not in (None, '-'): check_writable(path, source)
         sink = VideoWriter(path, h.width, h.height, h.fps) if path is not None else None
         try:
             for j in range(a, b):

@@ -36,10 +36,12 @@ def say_once(text:str):
 
 # %% ../nbs/01_errors.ipynb #01-013
 def check_writable(
-    path, # where a file is to be written
-)->Path: # the same; `CmvcError` if it is a folder, or its folder is missing or not writable
-    "Refuse a place where nothing can be written, before the work begins."
+    path,    # where a file is to be written
+    *inputs, # what is read meanwhile: paths, anything else is passed over
+)->Path: # the same; `CmvcError` if it is a folder or one of the inputs, or its folder is missing or not writable
+    "Refuse a place where nothing can be written, or where something would be lost, before the work begins."
     path = Path(path); folder = path.absolute().parent
+    if path.exists() and any(isinstance(i, (str, os.PathLike)) and os.path.exists(i) and os.path.samefile(path, i) for i in inputs): raise CmvcError(f"{path}: is read and would be overwritten; name another file to write")
     if path.is_dir(): raise CmvcError(f"{path}: is a folder, expected a file to write")
     if not folder.is_dir(): raise CmvcError(f"{path}: the folder {folder} does not exist")
     if not os.access(folder, os.W_OK): raise CmvcError(f"{path}: the folder is not writable")

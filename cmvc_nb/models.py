@@ -40,12 +40,18 @@ class Preset:
 # %% ../nbs/40_models.ipynb #40-008
 def _read(path):
     try: d = yaml.safe_load(Path(path).read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as e: raise CmvcError(f"preset {path}: {str(e).splitlines()[0]}; expected a readable YAML file") from None
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as e: raise CmvcError(f"preset {path}: {str(e).splitlines()[0]}; expected a readable YAML file") from None
     known = set(Preset.__dataclass_fields__) - {'root'}
     if not isinstance(d, dict) or not {'name', 'parts'} <= set(d) or set(d) - known:
         raise CmvcError(f"preset {path}: expected name and parts, and of the other keys only {sorted(known)}")
     if not isinstance(d['parts'], dict) or not {'diffusion', 'text_to_video', 'image_to_video'} & set(d['parts']) or set(d['parts']) - set(ROLES):
         raise CmvcError(f"preset {path}: parts must name a diffusion, text_to_video or image_to_video model, and of other roles only {', '.join(ROLES)}")
+    number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)
+    for k, ok, want in [(k, isinstance(d.get(k, ''), str), 'a text') for k in ('name', 'about', 'good_for', 'memory', 'config')] + \
+            [(k, isinstance(d.get(k, {}), dict), 'names and values') for k in ('settings', 'tt2v', 'it2v', 'licences', 'describe')] + \
+            [('parts', all(isinstance(v, str) and v for v in d['parts'].values()), 'a folder or hub id for each role'), ('size', number(d.get('size', 64)) and d.get('size', 64) >= 64, 'pixels, from 64'),
+             ('settings', isinstance(d.get('settings', {}), dict) and all(map(number, d.get('settings', {}).values())), 'numbers')]:
+        if not ok: raise CmvcError(f"preset {path}: {k} is {d[k]!r}; expected {want}")
     return Preset(**d, root=Path(path).parent)
 
 def list_presets()->list: # of `Preset`

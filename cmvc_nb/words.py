@@ -33,6 +33,12 @@ class Words:
         if bad := [t for t in (*self.texts, *self.motions) if not isinstance(t, str)]: raise CmvcError(f"words: {bad[0]!r} is not a text: put it in quotes")
 
 # %% ../nbs/21_words.ipynb #21-008
+class _Strict(yaml.SafeLoader): # a sentence must not vanish because its frame is named twice
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
+        if twice := [k for i, k in enumerate(keys) if k in keys[:i]]: raise yaml.YAMLError(f'{twice[0]} is there twice')
+        return super().construct_mapping(node, deep)
+
 def _page(words):
     ends = [f"{a}-{b}" for a, b in zip(words.keyframes, words.keyframes[1:])]
     d = dict(clip=words.clip, keyframes=dict(zip(words.keyframes, words.texts)), motions=dict(zip(ends, words.motions)))
@@ -51,9 +57,9 @@ def load_words(
 )->Words: # `CmvcError` says what is wrong with it
     "Read the page."
     if isinstance(path, Words): return path
-    try: d = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
+    try: d = yaml.load(Path(path).read_text(encoding='utf-8'), _Strict)
     except OSError as e: raise CmvcError(f"{path}: cannot be read ({e.strerror.lower()})") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as e: raise CmvcError(f"{path}: {' '.join(str(e).split())[:200]}; expected YAML as `cmvc describe` writes it") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as e: raise CmvcError(f"{path}: {' '.join(str(e).split())[:200]}; expected YAML as `cmvc describe` writes it") from None
     if not isinstance(d, dict) or set(d) - {'clip', 'keyframes', 'motions'} or not all(isinstance(d.get(k), dict) for k in ('keyframes', 'motions')):
         raise CmvcError(f"{path}: expected keyframes (frame number: text) and motions (from-to: text), as `cmvc describe` writes them")
     k = list(d['keyframes'])

@@ -5,7 +5,7 @@ import numpy as np, pytest
 from cmvc_nb import bench
 from cmvc_nb.bench import Job, measure, our_point, plan, run_jobs, saved, source_frames
 from cmvc_nb.errors import CmvcError
-from cmvc_nb.report import bd_table, compare_videos, curve, good, matched, plot_curves, write_csv, write_report
+from cmvc_nb.report import bd_table, compare_videos, curve, good, matched, one_each, plot_curves, write_csv, write_report
 from cmvc_nb.video import read_video, write_video
 from cmvc_nb.world import video
 from dummies_models import make_dummy_preset
@@ -75,9 +75,12 @@ def test_failures_have_reasons(clips, tmp_path):
     for r, say in zip(rows, ('6 frames, 99 wanted', 'width x height', '9 keyframes', 'multiples of 64')): assert say in r['error']
 
 @pytest.mark.parametrize('bad', [dict(codecs=['h267']), dict(codecs=['x265'], points={'x264': ['51']}), dict(codecs=['cmvc-it2v'], points={'cmvc-it2v': ['q5']}), dict(codecs=['cmvc-tt2v+flow']),
-                                 dict(codecs=['cmvc-it2v+magic']), dict(codecs=['x265'], metrics=['beauty'])])
+                                 dict(codecs=['cmvc-it2v+magic']), dict(codecs=['x265'], metrics=['beauty']), dict(codecs=['x265'], points={'x265': ['abc']}), dict(codecs=['x265'], points={'x265': ['99']}),
+                                 dict(codecs=['x265'], size='64'), dict(codecs=['x265'], size='0x0'), dict(codecs=['cmvc-it2v'], size='66x64'), dict(codecs=['cmvc-it2v'], preset='nosuch'), dict(codecs=['x265'], size='64x64', metrics=['ms_ssim'])])
 def test_plans_that_cannot_be(clips, bad):
     with pytest.raises(CmvcError): plan(clips, **bad)
+
+def test_the_same_point_twice_is_one(clips): assert len(plan([clips[0]]*2, ['x264']*2, {'x264': [51]})) == 1
 
 def test_missing_clips():
     with pytest.raises(CmvcError, match='no such file'): plan(['no.mp4'], ['x265'])
@@ -93,7 +96,38 @@ def test_our_own_modes(clips, tmp_path, monkeypatch):
     assert it2v['metrics']['psnr']['value'] != flow['metrics']['psnr']['value']
 
 
+def test_clips_without_a_name(tmp_path, monkeypatch):
+    from PIL import Image
+    (tmp_path/'in').mkdir(); [Image.fromarray(f).save(tmp_path/'in'/f'{i}.png') for i, f in enumerate(video(np.random.default_rng(0), 5, 64, kind='pan')[0])]
+    monkeypatch.chdir(tmp_path/'in')
+    (job,) = plan(['.'], ['x264'], {'x264': [51]}, 5, '64x64', FEW)
+    assert job.name.startswith('in/') and 'error' not in run_jobs([job], tmp_path/'out')[0] and len(saved(tmp_path/'out')) == 1
+
+def test_children_stop_with_their_parent(clips, tmp_path):
+    bench.work(tmp_path, [vars(j) for j in jobs_of(clips[:1])], parent=1)
+    assert not list(tmp_path.rglob('*.json'))
+
+
 # ---- report
+
+def test_clips_of_one_name_stay_apart(clips, tmp_path):
+    import shutil
+    for d, c in zip('ab', clips): (tmp_path/d).mkdir(); shutil.copy(c, tmp_path/d/'c.mkv')
+    run_jobs(plan([tmp_path/'a/c.mkv', tmp_path/'b/c.mkv'], ['x264', 'x265'], {c: [51, 40] for c in ('x264', 'x265')}, 5, '64x64', FEW), tmp_path/'out')
+    rows = saved(tmp_path/'out')
+    assert {r['clip'] for r in rows} == {'a/c.mkv', 'b/c.mkv'} and len(curve(rows, 'a/c.mkv', 'x264', 'psnr')[0]) == 2
+    assert write_report(tmp_path/'out', 'x264').read_text().count('<img') == 2*2 + 2*3 # each has its own source
+
+def test_what_is_not_ours_is_passed_over_and_kinds_are_not_mixed(run, clips, tmp_path):
+    import shutil
+    shutil.copytree(run[0], tmp_path/'out'); (tmp_path/'out/points/one/odd.json').write_text('{"a": 1}'); (tmp_path/'out/points/one/odder.json').write_text('[1]')
+    assert len(saved(tmp_path/'out')) == 12 and write_report(tmp_path/'out', 'x264')
+    run_jobs(plan(clips[:1], ['x264'], {'x264': [51]}, 5, '64x64', ('ssim',)), tmp_path/'out')
+    (both,) = [r for r in one_each(saved(tmp_path/'out')) if (r['clip'], r['codec'], r['point']) == ('one', 'x264', '51')]
+    assert set(both['metrics']) == {'psnr', 'gmsd', 'ssim'}
+    run_jobs(plan(clips[:1], ['x264'], {'x264': [51]}, 4, '64x64', FEW), tmp_path/'out')
+    with pytest.raises(CmvcError, match='4 frames of 64x64.*5 frames of 64x64.*a folder for each'): write_report(tmp_path/'out', 'x264')
+    with pytest.raises(CmvcError, match='no such folder'): write_report(tmp_path/'nowhere')
 
 def test_curves(run):
     out, jobs, rows, _ = run

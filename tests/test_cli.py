@@ -174,6 +174,15 @@ def test_compare_bench_report(place):
     code, out, _ = run(place, *args, '--points', 'x264=51,40', '--points', 'x265=51,40')
     assert code == 0 and json.loads(out) == dict(points=4, failed=[])
     assert run(place, 'report', 'results', '--anchor', 'x264')[0] == 0 and (place/'results/report.html').exists()
-    code, out, _ = run(place, *args, '--points', 'x264=51,400', '--points', 'x265=51,40')
-    assert code == 1 and 'crf 400' in json.loads(out)['failed'][0]['error'] # the others went on, and the status tells
+    code, out, _ = run(place, 'bench', 'clip.mkv', 'short.mkv', *args[2:], '--points', 'x264=51', '--points', 'x265=51')
+    assert code == 1 and {'4 frames, 5 wanted' in f['error'] for f in json.loads(out)['failed']} == {True} and json.loads(out)['points'] == 4 # the others went on, and the status tells
+    assert 'crf from 51' in complaint(place, *args, '--points', 'x264=400')
     assert 'x267' in complaint(place, 'bench', 'clip.mkv', '-o', 'results', '--codecs', 'x267') and 'rate' in complaint(place, 'report', 'results', '--rate', 'bananas')
+
+def test_inputs_are_not_overwritten(place):
+    before = {n: (place/n).read_bytes() for n in ('clip.mkv', 'clip.cmvc')}
+    for args in (['encode', 'clip.mkv', '-o', 'clip.mkv', *FAST], ['describe', 'clip.mkv', '-o', 'clip.mkv', '--device', 'cpu'], ['decode', 'clip.cmvc', '-o', 'clip.cmvc'], ['convert', 'clip.cmvc', '-o', './clip.cmvc']):
+        assert 'overwritten' in complaint(place, *args, '--preset', 'models')
+    assert 'overwritten' in complaint(place, 'compare', 'clip.mkv', 'clip.mkv', '--sheet', 'clip.mkv')
+    assert before == {n: (place/n).read_bytes() for n in before}
+    assert 'CODEC=POINT' in complaint(place, 'bench', 'clip.mkv', '-o', 'r', '--codecs', 'x264', '--points', 'x264=')

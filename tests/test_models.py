@@ -51,7 +51,9 @@ def test_a_bare_diffusers_folder_is_a_preset(copy):
     assert {'diffusion', 'motion_adapter', 'clip'} <= set(p.parts) and part_folder(p, 'motion_adapter') == copy/'motion_adapter'
 
 
-@pytest.mark.parametrize('text', ['', '- a', 'name: x', 'name: x\nparts: y', 'name: x\nparts: {clip: a}', 'name: x\nparts: {diffusion: a}\nsteps: 3', 'a: [', 'a: \t'])
+@pytest.mark.parametrize('text', ['', '- a', 'name: x', 'name: x\nparts: y', 'name: x\nparts: {clip: a}', 'name: x\nparts: {diffusion: a}\nsteps: 3', 'a: [', 'a: \t', 'name: x\nversion: 2024-13-45', '[' * 3000,
+    *('name: x\nparts: {diffusion: a}\n' + k for k in ('size: abc', 'size: 0', 'size: null', 'settings: [1]', 'settings: {steps: many}', 'tt2v: null', 'it2v: x', 'memory: 8', 'licences: [1]', 'config: 3')),
+    'name: x\nparts: {diffusion: 5}', 'name: [a]\nparts: {diffusion: a}'])
 def test_bad_pages(tmp_path, text):
     (tmp_path/'p.yaml').write_text(text)
     with pytest.raises(CmvcError, match='p.yaml'): load_preset(tmp_path/'p.yaml')

@@ -31,7 +31,7 @@ def test_any_text_comes_back(tmp_path_factory, texts, steps):
     ('', 'expected keyframes'), ('- a', 'expected keyframes'), ('keyframes: {0: a}\nmotions: {}', 'two or more'), ('keyframes: {0: a, 4: b}', 'expected keyframes'),
     ('keyframes: {0: a, 4: b}\nmotions: {0-4: c}\nextra: 1', 'expected keyframes'), ('keyframes: {0: a, 4: b}\nmotions: {0-5: c}', '0-4'), ('keyframes: {1: a, 4: b}\nmotions: {1-4: c}', 'ascending from 0'),
     ('keyframes: {0: a, 4: b, 2: c}\nmotions: {0-4: d, 4-2: e}', 'ascending'), ('keyframes: {0: a, 4: 17}\nmotions: {0-4: c}', '17 is not a text'), ('keyframes: {0: a, x: b}\nmotions: {0-x: c}', 'frame numbers'),
-    ('a: [', 'YAML'), ('keyframes: !!python/object/apply:os.system [ls]', 'YAML'), ('[' * 5000, 'YAML')])
+    ('keyframes: {0: a, 0: b, 4: c}\nmotions: {0-4: d}', '0 is there twice'), ('keyframes: {0: a, 4: 2024-13-45}\nmotions: {0-4: c}', 'YAML'), ('a: [', 'YAML'), ('keyframes: !!python/object/apply:os.system [ls]', 'YAML'), ('[' * 5000, 'YAML')])
 def test_bad_pages(tmp_path, page, say):
     (tmp_path/'w.yaml').write_text(page)
     with pytest.raises(CmvcError, match='w.yaml') as e: load_words(tmp_path/'w.yaml')
@@ -76,8 +76,8 @@ def test_words_choose_the_seed(codec, clip, monkeypatch):
 
 def test_words_of_another_clip(codec, clip):
     with pytest.raises(CmvcError, match="last keyframe is frame 11.*last frame is 7"): codec.encode(clip[:8], words=SAID)
-    for more in (dict(keyframes=3), dict(interval=4)):
-        with pytest.raises(CmvcError, match='leave keyframes and interval out'): codec.encode(clip, words=SAID, **more)
+    for more in (dict(keyframes=3), dict(interval=4), dict(text_budget=9), dict(motion_budget=0)):
+        with pytest.raises(CmvcError, match='leave (keyframes and interval|budgets) out'): codec.encode(clip, words=SAID, **more)
 
 def test_a_describer_may_take_several_clips_at_once(codec, clip, monkeypatch):
     asked, d = [], codec.models.describer
