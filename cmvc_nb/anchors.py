@@ -17,6 +17,7 @@ from PIL import Image
 from .arrays import as_frames
 from .errors import CmvcError
 from .geometry import resize
+from .header import varint
 from .keyframes import from_planes, obu, obus, psnr, to_planes
 from .video import frame_rate
 
@@ -37,12 +38,7 @@ def pack(
     units, # iterable of bytes
 )->bytes: # each unit behind its length: one byte below 128, two below 16,384
     "The smallest container."
-    out = bytearray()
-    for u in units:
-        n = len(u)
-        while n > 127: out.append(n & 127 | 128); n >>= 7
-        out.append(n); out += u
-    return bytes(out)
+    return b''.join(varint(len(u)) + u for u in units)
 
 def unpack(data:bytes)->list: # of bytes; `CmvcError` if they do not end where `data` ends
     "The units of a packed stream."
