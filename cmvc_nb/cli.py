@@ -337,7 +337,7 @@ def main():
         if type(e).__name__ != 'OutOfMemoryError' and 'allocate memory' not in str(e): raise
         _fail(_MEMORY)
 
-_MEMORY = 'not enough memory: use a smaller --size, or more keyframes'
+_MEMORY = 'not enough memory: use a smaller --size, more keyframes, a smaller preset or --part, --dtype bfloat16, --offload model, or a page with tiling'
 
 def _fail(why):
     print('cmvc: ' + ' '.join(str(why).split()), file=sys.stderr); sys.exit(2)

@@ -30,7 +30,7 @@ def given_pictures(
 class EndFramesPipeline(VideoPipeline):
     "An image-to-video pipeline of diffusers in the place of `DualLoRAPipeline`; nothing to fit, nothing to search."
     searches = False # w_i and w_l mean nothing here
-    def __init__(self, pipe, frames:int=49, stride:int=1, least:int=1, multiple:int=8, call:dict=None, spare:bool=False, # see `VideoPipeline`
+    def __init__(self, pipe, frames:int=49, stride:int=1, least:int=1, multiple:int=8, call:dict=None, tiling:bool=False, # see `VideoPipeline`
         first:str='image', # argument for the first keyframe
         last:str=None,     # for the last one; None: it takes none; the same as `first`: it takes a list
         at:str=None,       # and then: for their frame numbers
@@ -39,7 +39,7 @@ class EndFramesPipeline(VideoPipeline):
         if clip: first = last = at = None
         self.names = dict(first=first, last=last, at=at, clip=clip, mask=mask)
         if not (clip and mask) and not (first and (first != last or at)) or (mask and not clip): raise CmvcError(f"{self.names}: expected first, or first and last, or first, last (the same) and at, or clip and mask")
-        super().__init__(pipe, frames, stride, least, multiple, call, spare, tuple(dict.fromkeys(filter(None, self.names.values()))))
+        super().__init__(pipe, frames, stride, least, multiple, call, tiling, tuple(dict.fromkeys(filter(None, self.names.values()))))
 
     def fit(self, frames, prompts=None, total=None, **options)->dict:
         "Keyframe index → None: there are no LoRAs."

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from .errors import CmvcError
 from .lora import _levels, attach, deterministic, fit_keyframes, lora_weights, split, write_lora
 from .morpher import adain, self_attentions, with_keyframes
-from .tt2v import vae_batch
+from .tt2v import tile, vae_batch
 
 # %% ../nbs/61_it2v.ipynb #61-006
 def uniform_schedule(
@@ -152,17 +152,19 @@ class DualLoRAPipeline(DiffusionPipeline):
     def __init__(self, vae, text_encoder, tokenizer, unet, scheduler, # AutoencoderTiny or AutoencoderKL, CLIPTextModel, CLIPTokenizer, UNet2DConditionModel, anything with alphas_cumprod
                  lora_rank:int=4, lora_lr:float=3e-3, lora_draws:int=1,   # of `fit_loras`
                  init:str='lerp', solver:str='ddim', share:float=.5, batch_size:int=8,    # defaults of `__call__`
-                 attention:float=0., adain:bool=False):                  # part of the steps that share the keyframes' attention, keyframes' statistics for the noise
+                 attention:float=0., adain:bool=False,                   # part of the steps that share the keyframes' attention, keyframes' statistics for the noise
+                 tiling:bool=False):                                     # the autoencoder works in tiles, see `tile`
         super().__init__()
         self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
         self.register_to_config(lora_rank=lora_rank, lora_lr=lora_lr, lora_draws=lora_draws, init=init, solver=solver, share=share, batch_size=batch_size,
-                                attention=attention, adain=adain)
+                                attention=attention, adain=adain, tiling=tiling)
         if not hasattr(scheduler, 'alphas_cumprod'): raise CmvcError(f'{type(scheduler).__name__} has no alphas_cumprod: use a DDIM-like scheduler')
         if not 0 <= attention <= 1: raise CmvcError(f'attention {attention} is a part of the steps: expected 0 to 1')
         if unet.config.in_channels != unet.config.out_channels:
             raise CmvcError(f'a UNet with {unet.config.in_channels} channels in and {unet.config.out_channels} out is not a text-to-image model')
         for part in (vae, text_encoder, unet): part.requires_grad_(False).eval()
         vae.to(memory_format=torch.channels_last) # a third faster
+        if tiling: tile(vae)
         self.loras = OrderedDict()
         halvings = lambda c: len(c.get('block_out_channels') or c['encoder_block_out_channels']) - 1
         self.multiple = 2**(halvings(vae.config) + halvings(unet.config)) # what width and height must divide by
@@ -186,7 +188,7 @@ class DualLoRAPipeline(DiffusionPipeline):
         "Invert `to_latents`."
         c = self.vae.config
         z = (z/c.scaling_factor + (getattr(c, 'shift_factor', None) or 0)).to(self.vae.dtype)
-        return torch.cat([self.vae.decode(part).sample.float() for part in z.split(vae_batch(z.device))])
+        return torch.cat([self.vae.decode(part).sample.float() for part in z.split(vae_batch(z))])
 
 # %% ../nbs/61_it2v.ipynb #61-023
 @torch.no_grad()

@@ -14,7 +14,7 @@ import numpy as np, torch
 from .errors import CmvcError
 from .models import _quietly
 from .parts import check_component, components
-from .tt2v import check_request, fit_text, straighten
+from .tt2v import check_request, fit_text, straighten, tile
 
 # %% ../nbs/51_pipelines.ipynb #51-007
 def legal_length(
@@ -77,7 +77,6 @@ def load_pipeline(
     folder, kind:type,       # from `pipeline_class`
     scheduler:dict=None,     # changes to the scheduler's configuration; `name` is another class
     float32:tuple=(),        # parts that stay in float32
-    spare:bool=False,        # the autoencoder works in tiles
     torch_dtype=torch.float32, use_safetensors=True, local_files_only=True,
 ):                           # the pipeline, on the CPU, its bars quiet
     "Read the weights."
@@ -89,7 +88,6 @@ def load_pipeline(
             lost = set(more) - set(inspect.signature(s).parameters) if s else {scheduler['name']}
             if lost: raise CmvcError(f"{folder}: scheduler has {', '.join(sorted(lost))}, which diffusers' {getattr(s, '__name__', 'schedulers')} does not know")
             pipe.scheduler = s.from_config(pipe.scheduler.config, **more)
-        if spare: pipe.vae.enable_slicing(); getattr(pipe.vae, 'enable_tiling', bool)()
         pipe.set_progress_bar_config(disable=True)
         return pipe
     return _quietly(load, f'{kind.__name__} in {folder}', Path(folder).name)
@@ -106,10 +104,10 @@ class VideoPipeline:
         least:int=1,      # the fewest it makes well
         multiple:int=8,   # its heights and widths are multiples of this
         call:dict=None,   # more arguments of its call, alike each time
-        spare:bool=False, # parts wait in main memory until they are used, and the autoencoder works in tiles: slower, for small GPUs
+        tiling:bool=False, # the autoencoder works in tiles: less memory, other pixels
         asks:tuple=(),    # arguments that a subclass gives besides
     ):
-        self.pipe, self.frames, self.stride, self.least, self.multiple, self.call, self.spare = pipe, frames, stride, least, multiple, dict(call or {}), spare
+        self.pipe, self.frames, self.stride, self.least, self.multiple, self.call = pipe, frames, stride, least, multiple, dict(call or {})
         self.name = pipe.__name__ if isinstance(pipe, type) else type(pipe).__name__
         self.takes = inspect.signature(pipe.__call__ if isinstance(pipe, type) else pipe).parameters
         for k in ('frames', 'stride', 'least', 'multiple'):
@@ -121,6 +119,7 @@ class VideoPipeline:
         ours = not (pipe if isinstance(pipe, type) else type(pipe)).__module__.startswith('diffusers.') # theirs have **kwargs for what is deprecated
         if lost and not (ours and any(p.kind is p.VAR_KEYWORD for p in self.takes.values())):
             raise CmvcError(f"{self.name} does not take {', '.join(lost)}; it takes {', '.join(p for p in self.takes if p != 'self')}")
+        if tiling and not isinstance(pipe, type): tile(pipe.vae)
 
     @classmethod
     def from_pretrained(cls,
@@ -133,12 +132,11 @@ class VideoPipeline:
         kind = pipeline_class(folder, pipeline)
         try: cls(kind, **options)
         except TypeError as e: raise CmvcError(f"{cls.__name__}: {str(e).split('() ')[-1]}; it has the options {', '.join(list(inspect.signature(cls).parameters)[1:])}") from None
-        return cls(load_pipeline(folder, kind, scheduler, float32, options.get('spare', False), torch_dtype, use_safetensors, local_files_only), **options)
+        return cls(load_pipeline(folder, kind, scheduler, float32, torch_dtype, use_safetensors, local_files_only), **options)
 
     def to(self, device):
         "Move everything to `device`."
-        if self.spare and torch.device(device).type != 'cpu': self.pipe.enable_model_cpu_offload(device=device)
-        else: self.pipe.to(device)
+        self.pipe.to(device)
         return self
 
 # %% ../nbs/51_pipelines.ipynb #51-018
@@ -180,12 +178,12 @@ VideoPipeline.text, VideoPipeline.make = _text, _make
 # %% ../nbs/51_pipelines.ipynb #51-020
 class PromptPipeline(VideoPipeline):
     "Any text-to-video pipeline of diffusers, as a `TextToVideo`."
-    def __init__(self, pipe, frames:int=16, stride:int=1, least:int=1, multiple:int=8, call:dict=None, spare:bool=False, # see `VideoPipeline`
+    def __init__(self, pipe, frames:int=16, stride:int=1, least:int=1, multiple:int=8, call:dict=None, tiling:bool=False, # see `VideoPipeline`
         still:int=1,  # frames of the shortest video whose first one can stand for a keyframe
         between=None, # what makes the frames between two pictures, an `EndFramesPipeline`; None: this pipeline, from text
         keep:int=32,  # pictures of keyframes to keep
     ):
-        super().__init__(pipe, frames, stride, least, multiple, call, spare, ('guidance_scale',))
+        super().__init__(pipe, frames, stride, least, multiple, call, tiling, ('guidance_scale',))
         if isinstance(still, bool) or not isinstance(still, int) or not 1 <= still <= frames or (still - 1) % stride: raise CmvcError(f"still is {still!r}: expected {stride}k+1, {frames} at most")
         self.still, self.between, self.keep, self._anchors = still, between, keep, OrderedDict()
 

@@ -186,3 +186,19 @@ def test_inputs_are_not_overwritten(place):
     assert 'overwritten' in complaint(place, 'compare', 'clip.mkv', 'clip.mkv', '--sheet', 'clip.mkv')
     assert before == {n: (place/n).read_bytes() for n in before}
     assert 'CODEC=POINT' in complaint(place, 'bench', 'clip.mkv', '-o', 'r', '--codecs', 'x264', '--points', 'x264=')
+
+
+@pytest.mark.parametrize('kind', ['MemoryError', 'OutOfMemoryError', 'RuntimeError'])
+def test_memory_that_runs_out_anywhere_is_one_line(monkeypatch, capsys, kind):
+    "Inside a describer, a generator or a search: what a GPU, the CPU's allocator and Python say of it."
+    import torch
+    from cmvc_nb import cli
+    error = {'MemoryError': MemoryError(), 'OutOfMemoryError': torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.'),
+             'RuntimeError': RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")}[kind]
+    def app(**options): raise error
+    monkeypatch.setattr(cli, 'app', app)
+    with pytest.raises(SystemExit) as e: cli.main()
+    said = capsys.readouterr().err
+    assert e.value.code == 2 and said.count('\n') == 1 and 'not enough memory' in said and '--offload' in said
+    error = RuntimeError('another bug')
+    with pytest.raises(RuntimeError): cli.main()

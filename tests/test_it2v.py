@@ -248,3 +248,18 @@ def test_other_schedulers_and_models_are_refused():
     with pytest.raises(CmvcError, match='alphas_cumprod'): DualLoRAPipeline(**dummy_components() | {'scheduler': FlowMatchEulerDiscreteScheduler()})
     unet = dummy_unet(); unet.register_to_config(in_channels=9)
     with pytest.raises(CmvcError, match='9 channels'): DualLoRAPipeline(**dummy_components() | {'unet': unet})
+
+
+def test_tiling():
+    "An option of both generators: tiles that meet in overlaps, nearly the same frames; refused where diffusers has none for the autoencoder."
+    from cmvc_nb.tt2v import tile
+    big = moving_disc(5, 128)
+    whole, tiled = (DualLoRAPipeline(**dummy_components(vae='kl'), tiling=t) for t in (False, True))
+    assert tiled.config.tiling and tiled.vae.use_tiling and tiled.vae.use_slicing and not whole.vae.use_tiling
+    tiled.vae.tile_sample_min_size, tiled.vae.tile_latent_min_size = 64, 8 # a dummy's picture of 128 pixels then has four tiles and more
+    a, b = (p(big[0], big[-1], frames=3, **SMALL).frames.astype(int) for p in (whole, tiled))
+    gap, far = np.abs(a - b).mean(), np.abs(a[::-1, ::-1] - b).mean()
+    assert (a != b).any() and gap < .5*far # not another picture
+    tile(dummy_components()['vae'])
+    from diffusers import AutoencoderTiny
+    with pytest.raises(CmvcError, match='4 latent channels, this one has 8'): tile(AutoencoderTiny(latent_channels=8, encoder_block_out_channels=(8,)*4, decoder_block_out_channels=(8,)*4))

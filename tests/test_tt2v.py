@@ -169,3 +169,20 @@ def test_memory_does_not_grow_with_a_clip(tv):
         hook.remove()
         del tv.pipe.vae.decode
     assert max(sizes) <= tv.max_batch and max(decoded) <= 8 and len(tv._anchors) <= 4
+
+
+def test_the_autoencoder_takes_what_fits(monkeypatch, capsys):
+    "On a GPU eight frames at a time, fewer of large ones, by the memory there is and not by what is free; said once."
+    from types import SimpleNamespace
+    from cmvc_nb.tt2v import vae_batch
+    class Latents(np.ndarray): # on a GPU that is not here
+        device = SimpleNamespace(type='cuda')
+        def numel(self): return self.size
+    memory = SimpleNamespace(total_memory=8e9)
+    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: SimpleNamespace(total_memory=int(memory.total_memory)))
+    on_gpu = lambda side: vae_batch(np.zeros((1, 4, side, side)).view(Latents))
+    assert [on_gpu(s) for s in (8, 32, 64, 256)] == [8, 3, 1, 1]
+    assert '3 frames of this size' in (said := capsys.readouterr().err) and '1 frame of' in said and '8 frames' not in said
+    memory.total_memory = 140e9
+    assert [on_gpu(s) for s in (32, 64, 128)] == [8, 8, 4]
+    assert vae_batch(torch.zeros(1, 4, 8, 8)) == 1 and vae_batch(torch.zeros(1, 4, 8, 8, device='meta')) == 8
