@@ -283,16 +283,12 @@ def _hold(a, b, times): return [a]*len(times)
 
 def _blend(a, b, times): return [np.rint((1-t)*a + t*np.float32(b)).astype(np.uint8) for t in times]
 
-def _dis(a, b): return cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(*(cv2.cvtColor(x, cv2.COLOR_RGB2GRAY) for x in (a, b)), None)
-
 def _flow(a, b, times):
-    (h, w), there, back, out = a.shape[:2], _dis(a, b), _dis(b, a), []
-    at = np.stack(np.meshgrid(np.arange(w), np.arange(h)), -1).astype(np.float32)
-    warp = lambda x, f: cv2.remap(x, at + f, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE).astype(np.float32)
-    for t in times:
-        to_a, to_b = t*t*back - t*(1-t)*there, (1-t)**2*there - t*(1-t)*back
-        out.append(np.rint((1-t)*warp(a, to_a) + t*warp(b, to_b)).astype(np.uint8))
-    return out
+    import torch
+    from cmvc_nb.flow import Flow
+    flow, pair = Flow([a, b]), torch.from_numpy(np.stack([a, b])).permute(0, 3, 1, 2).float()/127.5 - 1
+    made = (flow.blend(torch.tensor([1.-t]), pair)[0] for t in times)
+    return [((m[0].clamp(-1, 1) + 1)*127.5).round().byte().permute(1, 2, 0).numpy() for m in made]
 
 def _rife(a, b, times):
     with tempfile.TemporaryDirectory(prefix='cmvc') as d:

@@ -94,9 +94,10 @@ def fingerprint(preset:Preset)->bytes: # 4 bytes
     "First bytes of the SHA-256 over names and contents of everything that decides the generated pixels; read once."
     files = _files(preset)
     stats = [(p.resolve(), p.stat().st_size, p.stat().st_mtime_ns) for _, p in files]
-    key = repr((stats, preset.tt2v, preset.it2v))
+    it2v = {k: v for k, v in preset.it2v.items() if k != 'init'}       # of that the file has the number
+    key = repr((stats, preset.tt2v, it2v))
     if key not in _PRINTS:
-        h = hashlib.sha256(json.dumps([GENERATOR, preset.tt2v, preset.it2v], sort_keys=True).encode())
+        h = hashlib.sha256(json.dumps([GENERATOR, preset.tt2v, it2v], sort_keys=True).encode())
         for name, p in files:
             with p.open('rb') as f: h.update(name.encode() + b'\0' + hashlib.file_digest(f, 'sha256').digest())
         _PRINTS[key] = h.digest()[:4]

@@ -74,8 +74,11 @@ def dense_flow(
     a:np.ndarray, # grey picture, uint8 `(h,w)`
     b:np.ndarray, # the other one, same shape
 )->np.ndarray:    # pixels that each point moved from `a` to `b`, float32 `(h,w,2)` as (x, y)
-    "Dense optical flow by DIS (Kroeger et al. 2016)."
-    return cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(a, b, None)
+    "Dense optical flow by DIS (Kroeger et al. 2016), by one thread: several share the picture out, and so change the result."
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try: return cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(a, b, None)
+    finally: cv2.setNumThreads(threads)
 
 def flow_magnitude(
     a:np.ndarray, # grey thumbnail, uint8 `(h,w)`

@@ -130,6 +130,11 @@ def test_a_preset_chooses_its_way_to_noise(tmp_path, clip):
     c = Codec.from_pretrained(y, 'cpu'); e = c.encode(clip[:5], keyframes=2, search=None, **FAST)
     from cmvc_nb.it2v import INITS
     assert INITS[open_cmvc(e.data).header.init] == 'sdedit'
+    shown = c.decode(e.data).frames
+    d['it2v']['init'] = 'flow'; y.write_text(yaml.safe_dump(d)) # the file says it, so that a page may change its mind
+    later = Codec.from_pretrained(y, 'cpu')
+    assert later.models.preset.fingerprint() == c.models.preset.fingerprint() and (later.decode(e.data).frames == shown).all()
+    assert (later.decode(later.encode(clip[:5], keyframes=2, search=None, **FAST).data).frames != shown).any()
     odd = parse(e.data); odd.header.init = 9
     with pytest.raises(CmvcError, match='later version'): c.decode(to_bytes(odd))
 

@@ -10,6 +10,7 @@ from cmvc_nb.errors import CmvcError
 from cmvc_nb.it2v import INITS, ROUNDS, DualLoRAPipeline, blend, denoise, invert, likeness, shares, slerp, timeline, to_pixels, to_uint8, uniform_schedule
 from cmvc_nb.lora import attach, lora_layers, lora_weights, split, write_lora
 from dummies import dummy_components, dummy_scheduler, make_dummy_sd, moving_disc
+from test_flow import reference, reference_blend
 
 torch.set_num_threads(1)
 CLIP = moving_disc(9)
@@ -152,11 +153,16 @@ def test_frames_match_a_serial_reference(pipe, loras, init):
         alike = likeness(x - kept), likeness(kept)
         for f, wi, wl in zip(ours, w_i, w_l):
             pipe.unet.set_adapters(['0', '1'], [wl, 1-wl])
-            mixed = wi*x[:1] + (1-wi)*x[1:]
+            mixed, near = wi*x[:1] + (1-wi)*x[1:], alike
+            if init == 'flow':
+                single = lambda v: torch.from_numpy(np.asarray(v)).float()[None]
+                mixed, trust = map(single, reference_blend(np.stack(ENDS), x.numpy().astype(float), wi))
+                near = [old + trust*(likeness(torch.stack([single(v)[0] for v in reference(np.stack(ENDS), p, wi)[:2]])) - old) for old, p in zip(alike, (x - kept, kept))]
             z = pipe.to_latents(mixed)
             through, (a, s) = pipe.to_image(z), pipe.level(times[-1])
-            gamma, m = shares(*alike, torch.tensor([wi]), s, .5)
-            z = a*z + s*e if init == 'sdedit' else invert(predict, z, times, pipe.level) if init == 'ddim' else slerp([wi], *ends) if init == 'slerp' else wi*ends[0][None] + (1-wi)*ends[1][None]
+            gamma, m = shares(*near, torch.tensor([wi]), s, .5)
+            own_noise = [n - a*k for n, k in zip(ends, pipe.to_latents(x))]
+            z = a*z + wi*own_noise[0] + (1-wi)*own_noise[1] if init == 'flow' else a*z + s*e if init == 'sdedit' else invert(predict, z, times, pipe.level) if init == 'ddim' else slerp([wi], *ends) if init == 'slerp' else wi*ends[0][None] + (1-wi)*ends[1][None]
             own = to_uint8((1-m)*through + m*pipe.to_image(denoise(predict, z, times, pipe.level)) + gamma*(mixed - through))[0]
             assert np.abs(own.astype(int) - f).max() <= 1
 
@@ -165,13 +171,17 @@ def test_strength_zero_is_the_blend(pipe, loras):
     w = np.array([.75, .25])
     out = pipe(*ENDS, w, w, 'a', loras, num_inference_steps=5, strength=0)
     assert out.evaluations == 0 and np.array_equal(out.frames, to_uint8(blend(w, *map(to_pixels, ENDS))))
+    moving = pipe(*ENDS, w, w, 'a', loras, num_inference_steps=5, strength=0, init='flow').frames
+    for f, wi in zip(moving, w):
+        own = to_uint8(torch.from_numpy(reference_blend(np.stack(ENDS), np.stack([to_pixels(e).numpy() for e in ENDS]).astype(float), wi)[0])[None])[0]
+        assert np.abs(own.astype(int) - f).max() <= 1
 
 
 def test_each_input_matters(pipe, loras):
     w = uniform_schedule(3)
     make = lambda w_i=w, w_l=w, prompt='a', loras=loras, **k: pipe(*ENDS, w_i, w_l, prompt, loras, **{**SMALL, 'init': 'sdedit', **k}).frames
     base = make()
-    for other in [make(w_i=w/2), make(w_l=1-w), make(prompt='zebra'), make(loras=None), make(generator=1), make(strength=.8), make(init='ddim'), make(init='slerp'), make(init='lerp')]:
+    for other in [make(w_i=w/2), make(w_l=1-w), make(prompt='zebra'), make(loras=None), make(generator=1), make(strength=.8), make(init='ddim'), make(init='slerp'), make(init='lerp'), make(init='flow')]:
         assert not np.array_equal(base, other)
     assert np.array_equal(base, make()) and np.array_equal(base, make(generator=torch.Generator().manual_seed(0)))
 
@@ -188,7 +198,7 @@ def test_bytes_of_a_frame_depend_on_its_own_weights_only(pipe, loras):
 def test_evaluations_are_counted_truly(pipe, loras):
     seen = []
     hook = pipe.unet.register_forward_pre_hook(lambda m, a, k: seen.append(len(a[0])), with_kwargs=True)
-    for init, expected in [('ddim', 5*6), ('sdedit', 5*3), ('slerp', 5*3 + 2*3*ROUNDS), ('lerp', 5*3 + 2*3*ROUNDS)]:
+    for init, expected in [('ddim', 5*6), ('sdedit', 5*3), ('slerp', 5*3 + 2*3*ROUNDS), ('lerp', 5*3 + 2*3*ROUNDS), ('flow', 5*3 + 2*3*ROUNDS)]:
         seen.clear()
         out = pipe(*ENDS, frames=5, loras=loras, init=init, **SMALL)
         assert out.evaluations == sum(seen) == expected

@@ -13,6 +13,7 @@ from cmvc_nb.lora import attach, lora_layers, split, write_lora
 from cmvc_nb.morpher import KeyframeAttention, adain, even_weights, keyframe_attention, self_attentions, shared_levels, spacing
 from cmvc_nb.search import search_weights
 from dummies import dummy_components, make_dummy_sd, moving_disc
+from test_flow import reference_blend
 
 torch.set_num_threads(1)
 CLIP = moving_disc(9)
@@ -93,8 +94,9 @@ def serial(pipe, loras, init, part, solver='ddim', norm=False):
             with hooked(pipe.unet, keys): denoise(predict, ends[-1], times, pipe.level, solver)
         for w, l in zip(W_I.tolist(), W_L.tolist()):
             pipe.unet.set_adapters(['0', '1'], [l, 1-l])
-            v = pipe.to_latents(w*x[:1] + (1-w)*x[1:])
-            v = {'sdedit': lambda: a*v + s*noise, 'ddim': lambda: invert(predict, v, times, pipe.level), 'slerp': lambda: slerp([w], ends[0][0], ends[1][0]), 'lerp': lambda: w*ends[0] + (1-w)*ends[1]}[init]()
+            v = pipe.to_latents(torch.from_numpy(reference_blend(np.stack(ENDS), x.numpy().astype(float), w)[0]).float()[None] if init == 'flow' else w*x[:1] + (1-w)*x[1:])
+            v = {'sdedit': lambda: a*v + s*noise, 'ddim': lambda: invert(predict, v, times, pipe.level), 'slerp': lambda: slerp([w], ends[0][0], ends[1][0]), 'lerp': lambda: w*ends[0] + (1-w)*ends[1],
+                 'flow': lambda: a*v + w*(ends[0] - a*z[:1]) + (1-w)*(ends[1] - a*z[1:])}[init]()
             if norm:
                 m, d = ([f(e) for e in ends] for f in (lambda e: e.mean((2, 3), keepdim=True), lambda e: e.std((2, 3), keepdim=True)))
                 v = (v - v.mean((2, 3), keepdim=True))/v.std((2, 3), keepdim=True)*(w*d[0] + (1-w)*d[1]) + w*m[0] + (1-w)*m[1]

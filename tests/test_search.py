@@ -8,8 +8,8 @@ from hypothesis import given, settings, strategies as st
 
 from cmvc_nb.entropy import LEVELS, dequantise_weights
 from cmvc_nb.errors import CmvcError
-from cmvc_nb.it2v import DualLoRAPipeline, uniform_schedule
-from cmvc_nb.search import (ablate, batched, best_blend, blends, gradient, mse, paraboloid, search_weights, step_bits, trellis,
+from cmvc_nb.it2v import DualLoRAPipeline, to_uint8, uniform_schedule
+from cmvc_nb.search import (ablate, batched, best_blend, best_start, blends, gradient, mse, paraboloid, search_weights, step_bits, trellis,
                             true_bits, weights_grid, weights_widget)
 from dummies import dummy_components, moving_disc
 
@@ -138,3 +138,21 @@ def test_grid_and_widget(pipe, loras):
                                             (dict(method='gradient', search=dict(optimiser='lbfgs')), 'lbfgs')])
 def test_refusals(pipe, change, message):
     with pytest.raises(CmvcError, match=message): search_weights(**dict(pipe=pipe, target=TRUE, image_0=ENDS[0], image_1=ENDS[1], **SMALL) | change)
+
+
+def test_search_along_the_flow(pipe, loras):
+    "It starts from the best blend that moves, and the table has rows for what that alone would show."
+    options = SMALL | dict(init='flow')
+    with pipe.clip(*ENDS, 'a', loras, **options) as c:
+        uniform = uniform_schedule(7)
+        at = lambda w: mse(to_uint8(c.start(torch.tensor(w, dtype=torch.float32))[0].detach()), TRUE)
+        star = best_start(c, TRUE)
+        grid = np.array([at(uniform + d) for d in np.linspace(-.25, .25, 21)])
+        assert (at(star) <= np.quantile(grid, .25, axis=0) + 1).all() and at(star).mean() < at(uniform).mean()
+        true = uniform + .1*np.sin(np.arange(7))                       # frames that are such blends: their weights come back
+        made = to_uint8(c.start(torch.tensor(true, dtype=torch.float32))[0].detach())
+        assert np.abs(best_start(c, made) - true).max() < .05
+    found = search_weights(pipe, TRUE, *ENDS, 'a', loras, **options)
+    assert found.mse.mean() <= found.history[0] and np.array_equal(found.frames, pipe(*ENDS, *found.w.T, 'a', loras, **options).frames)
+    by = {r['row']: r['mse'] for r in ablate(pipe, TRUE, *ENDS, found.q, 'a', loras, lora_steps=2, perceptual=lambda a, b: 0., **options)}
+    assert len(by) == 9 and by['(d) moving blend'] == pytest.approx(at(uniform).mean(), rel=1e-4) and by['(c) full path'] == pytest.approx(found.mse.mean())
