@@ -111,7 +111,7 @@ import numpy as np
 n, mode = int(sys.argv[1]), sys.argv[2]
 c = Codec.from_pretrained('tiny', 'cpu')
 def frames():
-    v = video(np.random.default_rng(0), 17, 256, kind='pan')[0]; v = np.concatenate([v, v[-2:0:-1]])
+    v = video(0, 17, 256, kind='pan')[0]; v = np.concatenate([v, v[-2:0:-1]])
     for t in range(n): yield v[t % len(v)]
 t0 = time.time(); e = c.encode(frames(), mode=mode, size=128, score=False); t1 = time.time(); c.decode(e.data, '/dev/shm/length.y4m'); t2 = time.time()
 print(f'{mode} {n:4d} frames: encode {t1-t0:6.1f} s, decode {t2-t1:6.1f} s, peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20:.2f} GiB, {len(e.data)} bytes')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'SIZES', 'TEXTURES', 'PLACES', 'BRIGHT', 'LIGHT', 'Describer', 'to_lab', 'colour_name', 'Region', 'segment',
-           'regions', 'light_words', 'keyframe_sentence', 'describe_keyframe', 'camera_fit', 'Motion', 'measure_motion',
-           'motion_sentence', 'MeasuringDescriber', 'parse_regions', 'agreement']
+           'regions', 'light_words', 'keyframe_sentence', 'describe_keyframe', 'camera_fit', 'Motion', 'moving_object',
+           'measure_motion', 'motion_sentence', 'MeasuringDescriber', 'parse_regions', 'agreement']
 
 # %% ../nbs/20_representation.ipynb #20-002
 import re
@@ -182,6 +182,22 @@ class Motion:
     dy:float=0     # its own move up, in frame heights
 
 # %% ../nbs/20_representation.ipynb #20-025
+def moving_object(
+    own:np.ndarray,  # float32 `(S,S,2)`, how far each pixel moves (x, y) against the camera's motion
+    seen:np.ndarray, # bool `(S,S)`, whether it stays in the frame
+)->dict: # place, size, dx and dy of a `Motion`; empty if nothing moves
+    "The largest thing that moves by itself."
+    S, far = len(own), np.linalg.norm(own, axis=-1)
+    moving = (np.linalg.norm(cv2.blur(own, (5, 5)), axis=-1) > .03*S) & seen
+    n, lab, stats, _ = cv2.connectedComponentsWithStats(moving.astype(np.uint8))
+    if n < 2 or (i := 1 + int(stats[1:, cv2.CC_STAT_AREA].argmax())) and stats[i, cv2.CC_STAT_AREA] < .004*S*S: return {}
+    m = (lab == i) & (far >= .7*np.percentile(far[lab == i], 95))
+    d = np.median(own[m], 0)
+    g = cv2.resize(m.astype(np.uint8), (_G, _G), interpolation=cv2.INTER_AREA).astype(bool)
+    g = g if g.any() else np.eye(_G, dtype=bool)
+    return dict(place=_place(g).replace('across', 'in').replace('everywhere', 'in the whole frame'), size=SIZES[int(np.searchsorted([.02, .06, .15, .4], m.mean()))],
+                dx=float(d[0]/S), dy=float(-d[1]/S))
+
 def measure_motion(
     clip:np.ndarray, # uint8 RGB `(T,H,W,3)`, T >= 1
     most:int=16,     # at most so many flow fields
@@ -199,16 +215,7 @@ def measure_motion(
         seen &= (np.abs(at - S/2) < S/2 - S//21).all(-1)      # what comes near the border may have left
     cam = dict(pan=float(-camera[0, 2]/S), tilt=float(camera[1, 2]/S), zoom=float(np.hypot(camera[0, 0], camera[1, 0])), rotation=-float(np.degrees(np.arctan2(camera[1, 0], camera[0, 0]))))
     own = at - S/2 - ((start - S/2) @ camera[:2, :2].T + camera[:2, 2]).astype(np.float32)
-    far = np.linalg.norm(own, axis=-1)
-    moving = (np.linalg.norm(cv2.blur(own, (5, 5)), axis=-1) > .03*S) & seen
-    n, lab, stats, _ = cv2.connectedComponentsWithStats(moving.astype(np.uint8))
-    if n < 2 or (i := 1 + int(stats[1:, cv2.CC_STAT_AREA].argmax())) and stats[i, cv2.CC_STAT_AREA] < .004*S*S: return Motion(**cam)
-    m = (lab == i) & (far >= .7*np.percentile(far[lab == i], 95))
-    d = np.median(own[m], 0)
-    g = cv2.resize(m.astype(np.uint8), (_G, _G), interpolation=cv2.INTER_AREA).astype(bool)
-    g = g if g.any() else np.eye(_G, dtype=bool)
-    return Motion(**cam, place=_place(g).replace('across', 'in').replace('everywhere', 'in the whole frame'), size=SIZES[int(np.searchsorted([.02, .06, .15, .4], m.mean()))],
-                  dx=float(d[0]/S), dy=float(-d[1]/S))
+    return Motion(**cam, **moving_object(own, seen))
 
 # %% ../nbs/20_representation.ipynb #20-027
 _SHARES = ((.02, ''), (.05, 'slightly'), (.15, 'by a tenth of the frame'), (.27, 'by a fifth of the frame'), (.42, 'by a third of the frame'), (.75, 'by half the frame'), (9e9, 'by the whole frame'))

@@ -10,10 +10,11 @@ __all__ = ['LATENT', 'SCALE', 'WIDTHS', 'TEXT', 'TOKENS', 'CLIP', 'PARTS', 'make
 
 # %% ../nbs/91_training.ipynb #91-002
 import argparse, json, math, time
+from functools import partial
 from pathlib import Path
 import cv2, numpy as np, torch, torch.nn.functional as F
 from .representation import describe_keyframe, motion_sentence
-from .world import camera, picture, picture_shard, video, video_shard
+from .world import picture_shard, pictures, seeded, video_shard, videos
 
 # %% ../nbs/91_training.ipynb #91-006
 LATENT, SCALE = 8, 4.0 # channels of the latent, and its scaling factor
@@ -137,23 +138,23 @@ def shards(draw, seed:int, n:int, workers:int):
     from multiprocessing import get_context
     with get_context('spawn').Pool(workers) as pool: yield from pool.imap(draw, seeds)
 
-def data_part(out:Path, n:int=32000, seed:int=0, pca:int=600, workers:int=1, **kw):
+def data_part(out:Path, n:int=32000, seed:int=0, pca:int=600, workers:int=1, device='cpu', **kw):
     "Draw the pictures: `vae/` with its PCA (a trained one stays), and `pictures.safetensors` (latents at 256 and 128 pixels, captions, 64-pixel thumbnails)."
     from diffusers import AutoencoderTiny
     if not (out/'vae').exists():
-        vae = make_vae(); set_pca(vae, torch.tensor(picture_shard([seed, 2**31], pca)[0]).permute(0, 3, 1, 2)/255); vae.save_pretrained(out/'vae')
+        vae = make_vae(); set_pca(vae, pictures(pca, generator=seeded([seed, 2**31]), device=device).cpu().permute(0, 3, 1, 2)/255); vae.save_pretrained(out/'vae')
     lin, d = linear_encoder(AutoencoderTiny.from_pretrained(out/'vae')), dict(z=[], half=[], thumb=[], text=[])
-    for i, (ims, said) in enumerate(shards(picture_shard, seed, -(-n//40), workers)):
+    for i, (ims, said) in enumerate(shards(partial(picture_shard, device=device), seed, -(-n//40), workers)):
         d['z'].append(encode(lin, ims)); d['half'].append(encode(lin, ims, 128)); d['text'] += said
         d['thumb'].append(torch.tensor(np.stack([cv2.resize(f, (64, 64), interpolation=cv2.INTER_AREA) for f in ims])))
         if i % 100 == 99: print(40*i+40, 'pictures', flush=True)
     save({k: v if k == 'text' else torch.cat(v) for k, v in d.items()}, out/'pictures.safetensors')
 
-def videos_part(out:Path, n:int=1500, seed:int=0, workers:int=1, **kw):
+def videos_part(out:Path, n:int=1500, seed:int=0, workers:int=1, device='cpu', **kw):
     "Draw the videos: `videos.safetensors` (latents of 16 frames, first and last caption, motion caption)."
     from diffusers import AutoencoderTiny
     lin, d = linear_encoder(AutoencoderTiny.from_pretrained(out/'vae')), dict(z=[], half=[], text=[])
-    for i, shard in enumerate(shards(video_shard, seed+1, -(-n//10), workers)):
+    for i, shard in enumerate(shards(partial(video_shard, device=device), seed+1, -(-n//10), workers)):
         for v, said in shard: d['z'].append(encode(lin, v)); d['half'].append(encode(lin, v, 128)); d['text'].append(said)
         if i % 20 == 19: print(10*i+10, 'videos', flush=True)
     save(dict(z=torch.stack(d['z']), half=torch.stack(d['half']), text=d['text']), out/'videos.safetensors')
@@ -204,14 +205,13 @@ def half_precision(device):
 def vae_part(out:Path, minutes:float=20, resume=False, device='cpu', seed:int=0, lr:float=2e-3, **kw):
     "Train the VAE's decoder."
     from diffusers import AutoencoderTiny
-    vae, rng = AutoencoderTiny.from_pretrained(out/'vae').to(device), np.random.default_rng(seed+2)
-    def draw(): s = int(rng.choice([72, 96, 128, 192, 256])); return cv2.resize(camera(rng, picture(rng)[None])[0], (s, s), interpolation=cv2.INTER_AREA)
-    vae.encoder.requires_grad_(False); pool = [draw() for _ in range(200)]
-    loop = Loop(vae.decoder, out, 'vae', minutes, lr, resume)
+    vae, rng, g, gpu = AutoencoderTiny.from_pretrained(out/'vae').to(device), np.random.default_rng(seed+2), seeded([seed, 2]), torch.device(device).type != 'cpu'
+    vae.encoder.requires_grad_(False); pool, new, batch = pictures(256, generator=g, device=device), 16 if gpu else 1, 64 if gpu else 12
+    loop, side = Loop(vae.decoder, out, 'vae', minutes, lr, resume), torch.arange(64, device=device)
     for _ in loop:
-        pool[rng.integers(len(pool))] = draw()
-        ims = [pool[i] for i in rng.integers(0, len(pool), 12)]; at = [rng.integers(0, len(i)-63, 2) for i in ims]
-        x = torch.tensor(np.stack([i[y:y+64, x:x+64] for i, (y, x) in zip(ims, at)])).permute(0, 3, 1, 2).to(device)/127.5-1
+        at = loop.step*new % len(pool); pool[at:at+new] = pictures(new, generator=g, device=device)
+        i, y, x = torch.tensor(np.stack([rng.integers(0, len(pool), batch), *rng.integers(0, 193, (2, batch))])).to(device)[:, :, None, None]
+        x = pool[i, y+side[:, None], x+side].permute(0, 3, 1, 2)/127.5-1
         with torch.no_grad(): z = vae.encode(x).latents
         with half_precision(device): y = vae.decode(z).sample
         loop.update(F.mse_loss(y.float(), x)*10)
@@ -231,9 +231,9 @@ class Painter(torch.nn.Module):
         for l in self.layers: x = l(x, h)
         return self.out(x)
 
-def motion_texts(rng, n:int=600)->list:
+def motion_texts(seed, n:int=600, device='cpu')->list:
     "Exact motion captions of drawn videos."
-    return [motion_sentence(video(rng, 2, 16)[1]) for _ in range(n)]
+    return [motion_sentence(m) for m in videos(n, 2, 16, generator=seeded(seed), device=device, batch=100)[1]]
 
 def tokenize(tok, texts):
     "Token ids, padded to the full length as Stable Diffusion does."
@@ -242,7 +242,7 @@ def tokenize(tok, texts):
 def text_part(out:Path, minutes:float=8, resume=False, device='cpu', seed:int=0, **kw):
     "Make the tokenizer and train the text encoder."
     rng, d = np.random.default_rng(seed+3), load(out/'pictures.safetensors')
-    tok = make_tokenizer([t for p in d['text'][:6000] for t in p] + motion_texts(rng, 2000), out/'tokenizer')
+    tok = make_tokenizer([t for p in d['text'][:6000] for t in p] + motion_texts([seed, 3], 2000, device), out/'tokenizer')
     te = make_text_encoder(tok); model = Painter(te).to(device)
     thumb = F.interpolate(d['thumb'].permute(0, 3, 1, 2).float(), (8, 8), mode='area').flatten(2).transpose(1, 2)/127.5-1
     loop = Loop(model, out, 'text', minutes, 1e-3, resume)
@@ -269,7 +269,7 @@ def unet_part(out:Path, minutes:float=45, resume=False, device='cpu', seed:int=0
     rng, g, d = np.random.default_rng(seed+4), torch.Generator().manual_seed(seed), load(out/'pictures.safetensors')
     tok, te, sched = CLIPTokenizer.from_pretrained(out/'tokenizer'), CLIPTextModel.from_pretrained(out/'text_encoder'), make_scheduler()
     both = torch.nn.ModuleDict(dict(unet=make_unet(), text=te)).to(device)
-    mt, n = motion_texts(rng), len(d['text'])
+    mt, n = motion_texts([seed, 4], device=device), len(d['text'])
     def caption(j):
         r, k, m = rng.uniform(), d['text'][j][rng.integers(2)], mt[rng.integers(len(mt))]
         return k if r < .55 else f'{k} {m}' if r < .78 else m if r < .9 else ''
