@@ -206,12 +206,13 @@ def vae_part(out:Path, minutes:float=20, resume=False, device='cpu', seed:int=0,
     "Train the VAE's decoder."
     from diffusers import AutoencoderTiny
     vae, rng, g, gpu = AutoencoderTiny.from_pretrained(out/'vae').to(device), np.random.default_rng(seed+2), seeded([seed, 2]), torch.device(device).type != 'cpu'
-    vae.encoder.requires_grad_(False); pool, new, batch = pictures(256, generator=g, device=device), 16 if gpu else 1, 64 if gpu else 12
-    loop, side = Loop(vae.decoder, out, 'vae', minutes, lr, resume), torch.arange(64, device=device)
+    def draw(n): # n pictures of one side, as tiles (.,3,64,64)
+        return pictures(n, int(rng.choice([64, 128, 192, 256], p=[.5, .3, .12, .08])), g, device).unfold(1, 64, 64).unfold(2, 64, 64).flatten(0, 2)
+    def some(k): return torch.tensor(rng.integers(0, len(pool), k)).to(device)
+    vae.encoder.requires_grad_(False); pool = torch.cat([draw(8) for _ in range(32)])
+    loop = Loop(vae.decoder, out, 'vae', minutes, lr, resume)
     for _ in loop:
-        at = loop.step*new % len(pool); pool[at:at+new] = pictures(new, generator=g, device=device)
-        i, y, x = torch.tensor(np.stack([rng.integers(0, len(pool), batch), *rng.integers(0, 193, (2, batch))])).to(device)[:, :, None, None]
-        x = pool[i, y+side[:, None], x+side].permute(0, 3, 1, 2)/127.5-1
+        new = draw(16 if gpu else 1); pool[some(len(new))] = new; x = pool[some(64 if gpu else 12)]/127.5-1
         with torch.no_grad(): z = vae.encode(x).latents
         with half_precision(device): y = vae.decode(z).sample
         loop.update(F.mse_loss(y.float(), x)*10)
