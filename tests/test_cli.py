@@ -77,7 +77,7 @@ def test_pipes(place):
 
 def test_clips(place):
     assert run(place, 'decode', 'clip.cmvc', '-o', 'part.mkv', '--clips', '1:2', '--preset', 'models', '--device', 'cpu', '-q')[0] == 0
-    assert len(read_video(place/'part.mkv')[0]) == 5
+    k = json.loads(run(place, 'info', 'clip.cmvc', '--json')[1])['keyframes']; assert len(k) > 2 and len(read_video(place/'part.mkv')[0]) == k[2]-k[1]+1
     assert '0:2' in complaint(place, 'decode', 'clip.cmvc', '-o', 'x.mkv', '--clips', '1:9', '--preset', 'models')
     assert 'clips' in complaint(place, 'decode', 'clip.cmvc', '-o', 'x.mkv', '--clips', 'one', '--preset', 'models')
 

@@ -250,7 +250,7 @@ def tiny():
 
 def test_even_weights_make_even_steps(tiny):
     "On a drawn pan, where much is generated: steps from keyframe to keyframe, before and after rounding to the file's grid."
-    film, n = world.video(5, 11, 64, 'pan')[0], 9
+    film, n = world.video(3, 11, 64, 'pan')[0], 9
     ends, options, uniform = (film[0], film[-1]), dict(num_inference_steps=10, strength=.7, init='slerp'), uniform_schedule(n)
     uneven = lambda frames: (lambda d: d.std()/d.mean())(spacing(np.concatenate([film[:1], frames, film[-1:]])))
     with switched(tiny, share=1.):
@@ -263,7 +263,7 @@ def test_even_weights_make_even_steps(tiny):
         found = search_weights(tiny, film[1:-1], *ends, method='even', **options)
         assert np.array_equal(found.q, quantise_weights(np.stack([w, w], 1), uniform)) and found.q.any() and found.evaluations == 8*2 + n*7
         assert np.array_equal(found.frames, tiny(*ends, *dequantise_weights(found.q, uniform).T, **options).frames)
-    assert was > .3 and now < .5*was and uneven(found.frames) < .6*was
+    assert was > .2 and now < .5*was and uneven(found.frames) < .6*was
 
 def test_even_weights_where_nothing_differs(pipe):
     with pipe.clip(ENDS[0], ENDS[0], strength=0) as c: assert np.allclose(even_weights(c, 3), uniform_schedule(3))
