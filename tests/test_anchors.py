@@ -2,7 +2,7 @@
 import hashlib, subprocess, sys, tempfile
 from pathlib import Path
 import numpy as np, pytest
-from cmvc_nb.anchors import ANCHORS, RIVALS, between, fit_bytes, get_anchor, nal_units, pack, rd_curve, unpack
+from cmvc_nb.anchors import ANCHORS, RIVALS, between, best_within, get_anchor, nal_units, pack, rd_curve, unpack
 from cmvc_nb.errors import CmvcError
 from cmvc_nb.keyframes import obus, psnr
 from test_keyframes import drawn
@@ -103,16 +103,16 @@ def test_damage_and_wrong_clips(name):
 
 # ---- curves and budgets
 
-def test_fit_bytes():
+def test_best_within():
     f, a = drawn(5), get_anchor('x265', 'fast')
-    p, d = fit_bytes(a, f, 25, 600)
+    p, d = best_within(a, f, 25, 600)
     assert len(d) <= 600 and a.encode(f, 25, p) == d
     assert len(d) > .85*600 or len(a.encode(f, 25, round(p - .1, 1))) > 600
-    assert fit_bytes(a, f, 25, 10)[0] == 51 and fit_bytes(get_anchor('svtav1', '10'), f, 25, 10)[0] == 70  # even the floor is above it
+    assert best_within(a, f, 25, 10)[0] == 51 and best_within(get_anchor('svtav1', '10'), f, 25, 10)[0] == 70  # even the floor is above it
     class Steps: # more than a knob's ends can be reached
         knob = 'q', 0, 10, 1
         def encode(self, f, fps, p): return bytes(100*p + 1)
-    assert fit_bytes(Steps(), f, 25, 730)[0] == 7 and fit_bytes(Steps(), f, 25, 9999)[0] == 10
+    assert best_within(Steps(), f, 25, 730)[0] == 7 and best_within(Steps(), f, 25, 9999)[0] == 10
 
 
 def test_rd_curve():
