@@ -6,7 +6,7 @@
 __all__ = ['OURS', 'POINTS', 'Job', 'our_point', 'source_frames', 'measure', 'saved', 'work', 'run_jobs', 'plan']
 
 # %% ../nbs/85_bench.ipynb #85-003
-import hashlib, json, os, re, subprocess, sys, tempfile, time
+import functools, hashlib, json, os, re, subprocess, sys, tempfile, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np
@@ -60,11 +60,13 @@ def source_frames(job:Job)->tuple: # (uint8 (T,H,W,3), frames per second); `Cmvc
         return np.stack(out), v.info.fps
 
 def _ours(job, frames, fps): # (bytes, decoded, seconds to encode, seconds to decode, notes)
-    from cmvc_nb.codec import Codec, Player
+    from cmvc_nb.codec import Player
     mode, _, rival = job.codec.removeprefix('cmvc-').partition('+')
-    codec, t0 = Codec.from_pretrained(job.preset), time.time()
     size = frames.shape[2], frames.shape[1]
     if size[0] % 64 or size[1] % 64: raise CmvcError(f"{size[0]}x{size[1]}: ours needs multiples of 64")
+    codec = _codec(job.preset, mode)
+    for part in ('clip', 'describer', mode)[:2 if rival else 3]: getattr(getattr(codec.models, part), 'loras', {}).clear() # load it; it keeps nothing of the last point
+    t0 = time.time()
     e = codec.encode(frames, None, mode, fps=fps, size=size, score=False, **our_point(job.point) | ({'search': None} if rival else {})); t1 = time.time()
     if not rival: shown = codec.decode(e.data).frames
     else:
@@ -73,6 +75,11 @@ def _ours(job, frames, fps): # (bytes, decoded, seconds to encode, seconds to de
         with open_cmvc(e.data) as r: p = Player.of(codec.models, r); keys = np.stack([p.keyframe(k) for k in range(len(r.keyframes))])
         shown = between(keys, e.keyframes, rival)
     return len(e.data), shown, t1-t0, time.time()-t1, dict(keyframes=e.keyframes, kinds=e.rate.to_dict()['kinds'])
+
+@functools.lru_cache(1)
+def _codec(preset, mode): # the next point of this process finds its models loaded; of another mode's the memory is given back
+    from cmvc_nb.codec import Codec
+    return Codec.from_pretrained(preset)
 
 def _anchor(job, frames, fps):
     from cmvc_nb.anchors import get_anchor
@@ -84,10 +91,11 @@ def _anchor(job, frames, fps):
 def measure(
     job:Job,
     strip:int=5, # frames to keep as a picture
-)->dict: # a row: clip, codec, point, bytes, bpp, kbps, seconds, metrics with how they were made; and 'strip' and 'source', WebP pictures
+    source=None, # what `source_frames` gives, if it is at hand
+)->dict: # a row: clip, codec, point, bytes, bpp, kbps, seconds without loading the models, metrics with how they were made; and 'strip' and 'source', WebP pictures
     "Encode, decode, count, measure one point."
     from cmvc_nb.metrics import metrics_of
-    frames, fps = source_frames(job)
+    frames, fps = source or source_frames(job)
     size, shown, enc, dec, notes = (_ours if job.codec.startswith('cmvc-') else _anchor)(job, frames, fps)
     n, h, w, _ = frames.shape
     scores = metrics_of(frames, shown, job.metrics or None, device='cpu').to_dict()
@@ -128,18 +136,26 @@ def _keep(out, job, row):
         if data := row.pop(k, None): write_whole(name, data)
     write_whole(at, json.dumps(row, indent=1))
 
-def _fail(out, job, why): _keep(out, job, dict(asdict(job), clip=job.title, path=str(job.clip), file=job.name, error=' '.join(str(why).split())[:500]))
+def _failure(job, why): # the row of a point that could not be measured
+    return dict(asdict(job), clip=job.title, path=str(job.clip), file=job.name, error=' '.join(str(why).split())[:500])
+
+def _attempt(do, job, *more): # what `do` makes of the job; a failure's row if it cannot
+    try: return do(job, *more)
+    except (CmvcError, OSError, MemoryError, RuntimeError) as e: return _failure(job, e if isinstance(e, CmvcError) else f'{type(e).__name__}: {e}')
+
+def _left(out, jobs): # what is to be measured; what failed before is forgotten
+    left = [j for j in jobs if not _done(out, j)]
+    for j in left: _file(out, j).unlink(missing_ok=True)
+    return left
 
 def work(out, jobs, parent=None): # a child's whole life; jobs as dicts
     "Measure some points, one after another, and write each, as long as the parent lives."
     for job in (Job(**j | dict(metrics=tuple(j['metrics']))) for j in jobs):
         if parent and os.getppid() != parent: return
-        if _done(out, job): continue
-        try: _keep(out, job, measure(job))
-        except (CmvcError, OSError, MemoryError, RuntimeError) as e: _fail(out, job, e if isinstance(e, CmvcError) else f'{type(e).__name__}: {e}')
+        if not _done(out, job): _keep(out, job, _attempt(measure, job))
 
 # %% ../nbs/85_bench.ipynb #85-014
-_CHILD = 'import json, sys; from cmvc_nb.bench import work; work(*json.load(sys.stdin))'
+_CHILD = 'import json, signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); from cmvc_nb.bench import work; work(*json.load(sys.stdin))'
 
 def run_jobs(
     jobs:list,       # of `Job`
@@ -148,16 +164,14 @@ def run_jobs(
     tell=None,       # called with (points done, in all, a line about the last)
 )->list: # rows of these jobs, failures among them
     "Measure what is not there yet; may be killed and called again."
-    todo, done = {}, 0
-    for j in jobs:
-        if _done(out, j): done += 1
-        else: _file(out, j).unlink(missing_ok=True); todo.setdefault((j.clip, j.codec), []).append(j)
+    Path(out).mkdir(parents=True, exist_ok=True); todo, left = {}, _left(out, jobs); done = len(jobs) - len(left)
+    for j in left: todo.setdefault((j.clip, j.codec), []).append(j)
     waiting, alive, threads = list(todo.values()), [], str(max(1, (os.cpu_count() or 1)//processes))
     def start(group):
         said = tempfile.TemporaryFile('w+')
         p = subprocess.Popen([sys.executable, '-c', _CHILD], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=said, text=True, env=os.environ | {'OMP_NUM_THREADS': threads})
-        p.stdin.write(json.dumps([str(Path(out).resolve()), [asdict(j) for j in group], os.getpid()])); p.stdin.close()
         alive.append((p, group, said, set()))
+        p.stdin.write(json.dumps([str(Path(out).resolve()), [asdict(j) for j in group], os.getpid()])); p.stdin.close()
     def look(group, seen):
         nonlocal done
         for j in group:
@@ -173,13 +187,19 @@ def run_jobs(
                 ended = p.poll() is not None
                 if ended and (left := [j for j in group if not _file(out, j).exists()]):
                     said.seek(0); last = (said.read().strip().splitlines() or ['it said nothing'])[-1]
-                    _fail(out, left[0], f'the process died with status {p.returncode}: {last}')
+                    _keep(out, left[0], _failure(left[0], f'the process died with status {p.returncode}: {last}'))
                     if left[1:]: waiting.append(left[1:])
                 look(group, seen)
                 if ended: said.close(); alive.remove(entry)
     finally:
-        for p, *_ in alive: p.kill(); p.wait()
-    return [json.loads(_file(out, j).read_text()) for j in jobs]
+        for p, *_ in alive: p.terminate() # a child then ends the program that it runs, and removes its files
+        until = time.time() + 2
+        for p, *_ in alive:
+            try: p.wait(max(0, until - time.time()))
+            except subprocess.TimeoutExpired: p.kill(); p.wait()
+    return _rows(out, jobs)
+
+def _rows(out, jobs): return [json.loads(_file(out, j).read_text()) for j in jobs]
 
 def _line(r): return f"{r['clip']} {r['codec']} {r['point']}: " + (r['error'] if 'error' in r else f"{r['bytes']:,} bytes")
 

@@ -8,7 +8,7 @@ __all__ = ['app', 'Mode', 'Search', 'Select', 'Images', 'Settings', 'Preset', 'D
            'bench', 'report', 'main']
 
 # %% ../nbs/71_cli.ipynb #71-002
-import json, sys, warnings
+import contextlib, json, signal, sys, warnings
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Optional
@@ -284,7 +284,7 @@ def compare(
 def _list_of(s): # 'a,b' → ['a', 'b']; one word may be a group's
     return None if s is None else s if ',' not in s else [w.strip() for w in s.split(',') if w.strip()]
 
-@app.command(epilog='**Examples**\n\n`cmvc bench clips/*.mp4 -o results/`\n\n`cmvc bench clip.mp4 --codecs cmvc-it2v,x265,svtav1@1/2 --points x265=51,46,40 --points cmvc-it2v=k3q0,k5q0 -j 2 -o results/`')
+@app.command(epilog='**Examples**\n\n`cmvc bench clips/*.mp4 -o results/`\n\n`cmvc bench clip.mp4 --codecs cmvc-it2v,x265,svtav1@1/2 --points x265=51,46,40 --points cmvc-it2v=k3q0,k5q0 -j 2 -o results/`\n\n`cmvc bench clips/*.mp4 --preset sd15 --ray 10.0.0.1:6379 --gpus-per-worker 1 -o results/`')
 def bench(
     clips:Annotated[list[Path], typer.Argument(help='videos')],
     output:Annotated[Path, typer.Option('-o', '--output', help='folder for the points; what is there already is not measured again')],
@@ -293,11 +293,15 @@ def bench(
     frames:Annotated[int, typer.Option(help='of each clip, from the first', min=2)]=33,
     size:Annotated[str, typer.Option(help='all codecs get these pixels; multiples of 64 for ours')]='256x256',
     metrics:Annotated[Optional[str], typer.Option(help='names with commas; those that need no download if not given')]=None,
-    processes:Annotated[int, typer.Option('-j', '--processes', help='points at once', min=1)]=1,
+    processes:Annotated[Optional[int], typer.Option('-j', '--processes', help='points at once; 1 if not given, or with --ray as many as the cluster has room for', min=1)]=None,
+    ray:Annotated[Optional[str], typer.Option(help='measure on a Ray cluster: local begins one on this machine, auto finds one ($RAY_ADDRESS, or one that runs here), HOST:PORT joins one; clips are sent, results come back')]=None,
+    gpus_per_worker:Annotated[Optional[float], typer.Option(help='with --ray: GPUs that each worker has for itself, 1 or 2 …, or a share such as 0.5; none are asked for if not given', min=0)]=None,
     preset:Preset='tiny', as_json:Json=False, quiet:Quiet=False,
 ):
     "Measure codecs on clips, each point once."
     from cmvc_nb.bench import plan, run_jobs
+    from cmvc_nb.ray_bench import ray_jobs
+    if gpus_per_worker is not None and ray is None: raise CmvcError('--gpus-per-worker goes with --ray')
     given = {}
     for p in points or []:
         c, _, ps = p.partition('=')
@@ -305,11 +309,22 @@ def bench(
         given[c] = given.get(c, []) + [w.strip() for w in ps.split(',') if w.strip()]
     names = _list_of(metrics) or ()
     jobs = plan(clips, [c.strip() for c in codecs.split(',')], given, frames, size, [names] if isinstance(names, str) else names, preset)
-    output.mkdir(parents=True, exist_ok=True)
-    with Bars(quiet or as_json, left=True) as bars: rows = run_jobs(jobs, output, processes, lambda done, total, line: (bars('points', done, total), bars.bar.console.print(line, highlight=False, markup=False, soft_wrap=True)))
+    with Bars(quiet or as_json, left=True) as bars, _ended(), contextlib.redirect_stdout(sys.stderr): # what Ray says is no result
+        tell = lambda done, total, line: (bars('points', done, total), bars.bar.console.print(line, highlight=False, markup=False, soft_wrap=True))
+        rows = ray_jobs(jobs, output, ray, processes, gpus_per_worker or 0, tell) if ray is not None else run_jobs(jobs, output, processes or 1, tell)
     bad = [r for r in rows if 'error' in r]
     _out(as_json, dict(points=len(rows), failed=[dict(clip=r['clip'], codec=r['codec'], point=r['point'], error=r['error']) for r in bad]), f"{output}: {len(rows)-len(bad)} points, {len(bad)} failed; next: cmvc report {output}")
     if bad: raise typer.Exit(1)
+
+@contextlib.contextmanager
+def _ended(): # SIGTERM, and a terminal that closes, end the work as Ctrl-C does: children too
+    came = []
+    def end(n, _): came.append(n); sys.exit()
+    was = {s: signal.signal(s, end) for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is signal.SIG_DFL}
+    try: yield
+    finally:
+        for w in was.items(): signal.signal(*w)
+        if came: sys.exit(128 + came[0]) # Ray makes a status of its own
 
 @app.command(epilog='**Example**\n\n`cmvc report results/ --anchor x265`')
 def report(

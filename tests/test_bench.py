@@ -1,5 +1,5 @@
 "The bench measures each point once, in processes that may die; the report draws what is there."
-import csv, json, os
+import csv, json, os, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pytest
 from cmvc_nb import bench
@@ -106,6 +106,26 @@ def test_clips_without_a_name(tmp_path, monkeypatch):
 def test_children_stop_with_their_parent(clips, tmp_path):
     bench.work(tmp_path, [vars(j) for j in jobs_of(clips[:1])], parent=1)
     assert not list(tmp_path.rglob('*.json'))
+
+def endless(folder):
+    "A `vvencapp` that never ends in a folder for the PATH; the file in which it says its process."
+    folder.mkdir(exist_ok=True); (folder/'vvencapp').write_text(f"#!/bin/sh\necho $$ > {folder}/.pid && mv {folder}/.pid {folder}/pid && exec sleep 600\n"); (folder/'vvencapp').chmod(0o755)
+    return folder/'pid'
+
+@pytest.mark.parametrize('how,status', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_all_at_once(clips, tmp_path, how, status):
+    pid = endless(tmp_path/'bin'); (tmp_path/'tmp').mkdir()
+    p = subprocess.Popen([sys.executable, '-c', 'from cmvc_nb.cli import main; main()', 'bench', str(clips[0]), '-o', str(tmp_path/'out'), '--codecs', 'x264,vvenc-ra', '--points', 'x264=51', '--points', 'vvenc-ra=63', '--frames', '5',
+                          '--size', '64x64', '--metrics', 'psnr', '--json'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | dict(PATH=f"{tmp_path/'bin'}:{os.environ['PATH']}", TMPDIR=str(tmp_path/'tmp')))
+    for _ in range(1200):
+        if pid.exists() or p.poll() is not None: break
+        time.sleep(.05)
+    assert p.poll() is None and pid.exists(), p.communicate()
+    child = int((Path('/proc')/pid.read_text().strip()/'stat').read_text().rsplit(')', 1)[1].split()[1]); assert child != p.pid
+    p.send_signal(how); out, err = p.communicate(timeout=20)
+    assert p.returncode == status and not out and 'Traceback' not in err, (p.returncode, out, err)
+    assert not Path(f'/proc/{child}').exists() and not Path(f'/proc/{pid.read_text().strip()}').exists() # the child, and the encoder that it ran
+    assert len(saved(tmp_path/'out')) == 1 and not list((tmp_path/'tmp').iterdir()) and {p.suffix for p in (tmp_path/'out').rglob('*.*')} == {'.json', '.webp'}
 
 
 # ---- report
