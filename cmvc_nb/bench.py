@@ -90,8 +90,8 @@ def _anchor(job, frames, fps):
 # %% ../nbs/85_bench.ipynb #85-010
 def measure(
     job:Job,
-    strip:int=5, # frames to keep as a picture
     source=None, # what `source_frames` gives, if it is at hand
+    strip:int=5, # frames to keep as a picture
 )->dict: # a row: clip, codec, point, bytes, bpp, kbps, seconds without loading the models, metrics with how they were made; and 'strip' and 'source', WebP pictures
     "Encode, decode, count, measure one point."
     from cmvc_nb.metrics import metrics_of

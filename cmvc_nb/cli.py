@@ -294,7 +294,7 @@ def bench(
     size:Annotated[str, typer.Option(help='all codecs get these pixels; multiples of 64 for ours')]='256x256',
     metrics:Annotated[Optional[str], typer.Option(help='names with commas; those that need no download if not given')]=None,
     processes:Annotated[Optional[int], typer.Option('-j', '--processes', help='points at once; 1 if not given, or with --ray as many as the cluster has room for', min=1)]=None,
-    ray:Annotated[Optional[str], typer.Option(help='measure on a Ray cluster: local begins one on this machine, auto finds one ($RAY_ADDRESS, or one that runs here), HOST:PORT joins one; clips are sent, results come back')]=None,
+    ray:Annotated[Optional[str], typer.Option(help='measure on a Ray cluster: local begins one on this machine, auto finds one ($RAY_ADDRESS, or one that runs here), HOST:PORT joins one, ray://HOST:10001 from outside; frames are sent, results come back')]=None,
     gpus_per_worker:Annotated[Optional[float], typer.Option(help='with --ray: GPUs that each worker has for itself, 1 or 2 …, or a share such as 0.5; none are asked for if not given', min=0)]=None,
     preset:Preset='tiny', as_json:Json=False, quiet:Quiet=False,
 ):

@@ -22,7 +22,7 @@ class Worker:
     def point(self, job, source):
         "A row with its pictures; of a failure, too."
         frames, fps = source
-        try: return _attempt(measure, job, 5, (frames.copy(), fps)) # the store's own memory is read-only
+        try: return _attempt(measure, job, (frames.copy(), fps)) # the store's own memory is read-only
         except Exception as e: return _failure(job, f'{type(e).__name__}: {e}')
 
 # %% ../nbs/88_ray.ipynb #88-009
@@ -34,7 +34,7 @@ except Exception as e: sys.exit(print(e) or 1)"""
 
 def _reach(address): # `CmvcError` unless a cluster answers
     at = os.environ.get('RAY_ADDRESS') or address if address == 'auto' else address
-    def no(why): raise CmvcError(f"no Ray cluster at '{at}' ({' '.join(str(why).split())[:300]}): expected local, auto, or HOST:PORT of the head node, as in 10.0.0.1:6379")
+    def no(why): raise CmvcError(f"no Ray cluster at '{at}' ({' '.join(str(why).split())[:300]}): expected local, auto, HOST:PORT of the head node as in 10.0.0.1:6379, or ray://HOST:10001; if it has a token, set RAY_AUTH_MODE=token")
     if at not in ('auto', 'local'):
         host, _, port = at.rpartition('/')[2].rpartition(':')
         if not host or not port.isdecimal() or int(port) > 65535: no('not an address')
@@ -73,7 +73,7 @@ def room(
 def ray_jobs(
     jobs:list,          # of `Job`
     out,                # folder for the points, on this machine
-    address:str='local', # 'local' begins a cluster on this machine, 'auto' finds one ($RAY_ADDRESS, or one that runs here), HOST:PORT joins one
+    address:str='local', # 'local' begins a cluster on this machine, 'auto' finds one ($RAY_ADDRESS, or one that runs here), HOST:PORT joins one, ray://HOST:PORT from outside
     workers:int=None,   # at once; None: as many as there is room for
     gpus:float=0.,      # of each worker: 0, a share such as 0.5, or a whole number
     tell=None,          # called with (points done, in all, a line about the last)
@@ -82,15 +82,22 @@ def ray_jobs(
     ray = need('ray', 'ray'); room([], gpus)
     if left := _left(out, jobs):
         with _joined(ray, address):
+            if not (most := room(ray.nodes(), gpus)): raise CmvcError('no machine of the cluster has a CPU core' + f' and {gpus:g} GPUs for a worker'*bool(gpus))
             Path(out).mkdir(parents=True, exist_ok=True)
-            try: _share(ray, left, out, workers or room(ray.nodes(), gpus), gpus, lambda done, row: tell and tell(len(jobs) - len(left) + done, len(jobs), _line(row)))
+            try: _share(ray, left, out, workers or most, gpus, lambda done, row: tell and tell(len(jobs) - len(left) + done, len(jobs), _line(row)))
             except ray.exceptions.RayError as e: raise CmvcError(f'Ray: {_why(e)}') from None
     return _rows(out, jobs)
 
+def _why(e): return (str(e).strip().splitlines() or [''])[0 if 'Memory' in type(e).__name__ else -1] # Ray says the cause last, but of too little memory first
+
+def _afar(job): # with a preset's place told from the root
+    from cmvc_nb.models import PRESETS
+    return replace(job, preset=str(Path(job.preset).resolve())) if Path(job.preset).exists() and not (PRESETS/f'{job.preset}.yaml').exists() else job
+
+# %% ../nbs/88_ray.ipynb #88-020
 def _share(ray, waiting, out, most, gpus, tell): # the points among workers
     waiting = sorted(waiting, key=lambda j: (j.clip, j.frames, j.size)) # a clip's frames are sent once, then forgotten
     kind, doing, sent, failed, done = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(Worker), {}, {}, set(), 0 # doing: result → (worker, job; none while it starts)
-    if not most: raise CmvcError('no machine of the cluster has a CPU core' + f' and {gpus:g} GPUs for a worker'*bool(gpus))
     def keep(job, row):
         nonlocal done
         row = row | dict(clip=job.title, path=str(job.clip), preset=job.preset, file=job.name); _keep(out, job, row); done += 1; tell(done, row)
@@ -122,9 +129,3 @@ def _share(ray, waiting, out, most, gpus, tell): # the points among workers
             give(worker)
     finally:
         for worker, _ in doing.values(): ray.kill(worker)
-
-def _why(e): return str(e).strip().splitlines()[-1] if 'File "' in str(e) else str(e) # of a traceback its last line, of a process that died all that Ray knows
-
-def _afar(job): # with a preset's place told from the root
-    from cmvc_nb.models import PRESETS
-    return replace(job, preset=str(Path(job.preset).resolve())) if Path(job.preset).exists() and not (PRESETS/f'{job.preset}.yaml').exists() else job

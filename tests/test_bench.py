@@ -94,6 +94,8 @@ def test_our_own_modes(clips, tmp_path, monkeypatch):
     it2v, flow, tt2v = (measure(job(c, p)) for c, p in (('cmvc-it2v', 'k3q0t40'), ('cmvc-it2v+flow', 'k3q0'), ('cmvc-tt2v', 'k2')))
     assert it2v['notes']['keyframes'] == flow['notes']['keyframes'] and sum(it2v['notes']['kinds'].values()) == 8*it2v['bytes'] and tt2v['bytes'] < it2v['bytes']
     assert it2v['metrics']['psnr']['value'] != flow['metrics']['psnr']['value']
+    bench._codec.cache_clear(); first, other, again = (measure(job('cmvc-it2v', p)) for p in ('k3q0t40', 'k2', 'k3q0t40')) # a process keeps its models, and nothing else
+    assert all(r.pop('seconds') for r in (it2v, first, again)) and it2v == first == again and bench._codec.cache_info().hits == 2
 
 
 def test_clips_without_a_name(tmp_path, monkeypatch):

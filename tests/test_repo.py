@@ -150,7 +150,7 @@ def test_public_symbols_documented(n):
 
 # ---- import cost
 
-LIGHT = 'errors video keyframes describers entropy bitstream rate representation selection words parts anchors datasets bdrate bench cli'.split()
+LIGHT = 'errors video keyframes describers entropy bitstream rate representation selection words parts anchors datasets bdrate bench ray_bench cli'.split()
 
 
 def test_package_imports_nothing_heavy():
@@ -160,7 +160,7 @@ def test_package_imports_nothing_heavy():
 
 @pytest.mark.parametrize('name', [Path(n).stem for n in PLAIN if Path(n).stem in LIGHT])
 def test_module_imports_without_torch(name):
-    out = python(f"import sys, cmvc_nb.{name}; print({{m.split('.')[0] for m in sys.modules}} & {{'torch','diffusers','transformers','fastcore','nbdev'}})", ROOT)
+    out = python(f"import sys, cmvc_nb.{name}; print({{m.split('.')[0] for m in sys.modules}} & {{'torch','diffusers','transformers','ray','fastcore','nbdev'}})", ROOT)
     assert out.strip().splitlines()[-1] == 'set()'
 
 
