@@ -21,7 +21,7 @@ app = typer.Typer(name='cmvc', no_args_is_help=True, add_completion=False, prett
                   help='Cross-Modality Video Coding: a video as a few keyframes, words and weights, generated again when it is decoded.')
 
 Mode = Enum('Mode', dict(it2v='it2v', tt2v='tt2v'), type=str) # modes of the paper
-Search = Enum('Search', dict(batched='batched', gradient='gradient', even='even', none='none'), type=str) # searches of w_i and w_l
+Search = Enum('Search', {s: s for s in ('batched', 'batched-i', 'batched-l', 'gradient', 'even', 'none')}, type=str) # searches of w_i and w_l
 Select = Enum('Select', dict(cosine='cosine', mse='mse', uniform='uniform', random='random', m3='m3'), type=str) # keyframe selections
 Images = Enum('Images', dict(av1='av1', avif='avif', webp='webp', jpeg='jpeg', x265='x265'), type=str) # keyframe codecs
 Settings = Enum('Settings', dict(preset='preset', paper='paper'), type=str) # where LoRA and sampling steps come from
@@ -71,9 +71,9 @@ def encode(
     quality:Annotated[float, typer.Option(help='of the keyframe images, 0 (smallest) to 100')]=0.,
     texts:Annotated[bool, typer.Option('--texts', help='it2v: send keyframe texts too, so that `convert` can drop the images')]=False,
     text_budget:Annotated[Optional[int], typer.Option(help='at most so many bytes of text for a keyframe')]=None,
-    motion_budget:Annotated[Optional[int], typer.Option(help='at most so many bytes of text for a motion')]=None,
+    motion_budget:Annotated[Optional[int], typer.Option(help='at most so many bytes of text for a motion; 0 sends none')]=None,
     words:Annotated[Optional[Path], typer.Option(help='page of `cmvc describe`, edited: its keyframes and texts')]=None,
-    search:Annotated[Search, typer.Option(help='how w_i and w_l are found; gradient is the paper\'s eq. 7 and 8, even makes steps that look alike')]=Search.batched,
+    search:Annotated[Search, typer.Option(help='how w_i and w_l are found; batched-i and batched-l search one of the two; gradient is the paper\'s eq. 7 and 8, even makes steps that look alike')]=Search.batched,
     size:Annotated[Optional[str], typer.Option(help='working size: 256, or 320x192; multiples of 64')]=None,
     settings:Annotated[Settings, typer.Option(help='paper: 100 LoRA steps and 50 sampling steps (a strength of 0.3 walks 15 of them), slow')]=Settings.preset,
     steps:Annotated[Optional[int], typer.Option(help='sampling steps')]=None, lora_steps:Annotated[Optional[int], typer.Option(help='training steps of a LoRA')]=None,
@@ -90,7 +90,7 @@ def encode(
     from cmvc_nb.codec import Codec
     c = Codec.from_pretrained(preset, device, dtype, offload, _parts(part))
     with Bars(quiet or as_json) as bars:
-        e = c.encode(clip, output, mode.value, keyframes, interval, selection.value, both, codec.value, quality, texts or None, text_budget, motion_budget, words, None if search is Search.none else search.value,
+        e = c.encode(clip, output, mode.value, keyframes, interval, selection.value, both, codec.value, quality, texts or None, text_budget, motion_budget, words, None if search.value == 'none' else search.value,
                      _size(size), seed, tries, steps, lora_steps, strength, guidance, settings.value, frames, raw, fps, progress=bars)
     r = e.rate
     _out(as_json, dict(path=str(output), bytes=len(e.data), keyframes=e.keyframes, psnr=[round(p, 2) for p in e.psnr], rate=r.to_dict()),
@@ -179,7 +179,7 @@ def describe(
     selection:Annotated[Select, typer.Option(help='how keyframes are chosen; cosine is eq. 1')]=Select.cosine,
     both:Annotated[bool, typer.Option('--both/--no-both', help='cosine, mse: a keyframe is unlike the last frame too; the paper\'s eq. 1 is --no-both')]=True,
     text_budget:Annotated[Optional[int], typer.Option(help='at most so many bytes of text for a keyframe')]=None,
-    motion_budget:Annotated[Optional[int], typer.Option(help='at most so many bytes of text for a motion')]=None,
+    motion_budget:Annotated[Optional[int], typer.Option(help='at most so many bytes of text for a motion; 0 sends none')]=None,
     size:Annotated[Optional[str], typer.Option(help='working size: 256, or 320x192; multiples of 64')]=None,
     seed:Annotated[Optional[int], typer.Option(help='of random selection', min=0, max=2**32-1)]=None,
     frames:Annotated[Optional[int], typer.Option(help='describe only so many frames', min=2)]=None,
@@ -289,7 +289,7 @@ def bench(
     clips:Annotated[list[Path], typer.Argument(help='videos')],
     output:Annotated[Path, typer.Option('-o', '--output', help='folder for the points; what is there already is not measured again')],
     codecs:Annotated[str, typer.Option(help='names with commas: cmvc-it2v, cmvc-tt2v, cmvc-it2v+flow, x264, x265, svtav1, vp9, vvenc-ra …, each also scaled as in x265@1/2')]='cmvc-it2v,cmvc-tt2v,x264,x265,svtav1',
-    points:Annotated[Optional[list[str]], typer.Option(help='CODEC=POINT,POINT…, may be repeated: crf or qp of an anchor; of ours k3q0 for 3 keyframes at quality 0')]=None,
+    points:Annotated[Optional[list[str]], typer.Option(help='CODEC=POINT,POINT…, may be repeated: crf or qp of an anchor; of ours k3q0 for 3 keyframes at quality 0, with options of encode as in k3q0,selection=mse,steps=20')]=None,
     frames:Annotated[int, typer.Option(help='of each clip, from the first', min=2)]=33,
     size:Annotated[str, typer.Option(help='all codecs get these pixels; multiples of 64 for ours')]='256x256',
     metrics:Annotated[Optional[str], typer.Option(help='names with commas; those that need no download if not given')]=None,
@@ -306,7 +306,9 @@ def bench(
     for p in points or []:
         c, _, ps = p.partition('=')
         if not c or not ps.strip(','): raise CmvcError(f"points '{p}': expected CODEC=POINT,POINT…, for example x265=51,46")
-        given[c] = given.get(c, []) + [w.strip() for w in ps.split(',') if w.strip()]
+        for w in filter(None, map(str.strip, ps.split(','))): # name=value belongs to the point before it
+            if '=' in w and given.get(c): given[c][-1] += f',{w}'
+            else: given.setdefault(c, []).append(w)
     names = _list_of(metrics) or ()
     jobs = plan(clips, [c.strip() for c in codecs.split(',')], given, frames, size, [names] if isinstance(names, str) else names, preset)
     with Bars(quiet or as_json, left=True) as bars, _ended(), contextlib.redirect_stdout(sys.stderr): # what Ray says is no result

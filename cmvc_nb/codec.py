@@ -123,7 +123,7 @@ PAPER = dict(steps=50, lora_steps=100) # the paper's: 100 training steps, 50 sam
 def _said(describer, clips, last, o): # texts of the clips' first keyframes, and of the very last one; motion texts
     if hasattr(describer, 'fps'): describer.fps = float(o['fps'])
     texts = describer.describe_keyframes(np.stack([c[0] for c in clips] + [clips[-1][-1]]*last), o['text_budget']) if o['texts'] else ['']*(len(clips)+last)
-    return texts, describer.describe_motions(clips, o['motion_budget'])
+    return texts, ['']*len(clips) if o['motion_budget'] == 0 else describer.describe_motions(clips, o['motion_budget'])
 
 class _Encoder(Player):
     "An encoder at work on one video: fills in groups and clips, and plays them to score weights."
@@ -249,9 +249,9 @@ class Codec:
         quality:float=0.,     # of keyframe images, 0 (smallest) to 100
         texts:bool=None,      # send keyframe texts; None: only where the mode needs them
         text_budget:int=None, # UTF-8 bytes of a keyframe's text at most
-        motion_budget:int=None, # and of a motion's
+        motion_budget:int=None, # and of a motion's; 0 sends none
         words=None,           # `Words` or a page of them: which frames are keyframes, and all texts; the describer is not asked
-        search:str='batched', # of w_i and w_l: 'batched', 'gradient' (eq. 7, 8), 'even' (steps that look alike, not searched) or None (uniform)
+        search:str='batched', # of w_i and w_l, see `search.method_of`: 'gradient' is eq. 7 and 8, 'batched-i' searches w_i alone, 'even' makes steps that look alike; None is uniform
         size=None,            # working size in pixels or (width, height); None: the preset's
         seed:int=None,        # None: 0, or in tt2v the best of `tries`
         tries:int=None,       # seeds that tt2v tries, 1 for none; None: the preset's, or 8
@@ -266,7 +266,7 @@ class Codec:
         tell = progress or (lambda *a: None)
         if mode not in ('it2v', 'tt2v'): raise CmvcError(f"mode '{mode}': expected it2v or tt2v")
         _check(selection, keyframes=(keyframes, 2), interval=(interval, 1), max_frames=(max_frames, 2), seed=(seed, 0), tries=(tries, 1))
-        if search not in ('batched', 'gradient', 'even', None): raise CmvcError(f"search '{search}': expected batched, gradient or even")
+        if search is not None: from cmvc_nb.search import method_of; method_of(search)
         if settings not in (None, 'preset', 'paper'): raise CmvcError(f"settings '{settings}': expected preset or paper")
         if path is not None: check_writable(path, source, words)
         if words is not None:

@@ -4,10 +4,13 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'mse', 'best_blend', 'best_start', 'blends', 'step_bits', 'trellis', 'true_bits', 'paraboloid', 'descend',
-           'Found', 'batched', 'gradient', 'even', 'search_weights', 'ablate', 'weights_grid', 'weights_widget']
+           'Found', 'batched', 'gradient', 'even', 'method_of', 'search_weights', 'ablate', 'weights_grid',
+           'weights_widget']
 
 # %% ../nbs/62_search.ipynb #62-002
+import re
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -101,12 +104,12 @@ def descend(
     error,       # from `paraboloid`
     uniform,     # (F,)
     price:float, # as for `trellis`
-    rounds:int=2,
+    rounds:int=2, which=(0, 1), # coordinates that may move
 )->np.ndarray:   # (F,2) ints
     "The cheapest weights on the grid by the model, one coordinate after the other; w_l stays in [0,1]."
     F = len(uniform)
     q = np.zeros((F, 2), np.int64)
-    for j in [0, 1]*rounds:
+    for j in [*which]*rounds:
         k = np.arange(-LEVELS[j], LEVELS[j]+1)
         grid = np.repeat(q[:, None], len(k), 1)
         grid[..., j] = k
@@ -131,6 +134,7 @@ def batched(
     target,           # uint8 (F,H,W,3)
     price:float=.004, # a bit must save this part of a frame's squared error
     passes:int=4,     # renderings of all frames, at least 1
+    which=(0, 1),     # 0 is w_i, 1 is w_l: what is searched, the other stays uniform
 )->Found:
     "Gauss–Newton from the uniform schedule: three passes for the Jacobian, the others for its solutions."
     F, before, uniform = len(target), c.evaluations, uniform_schedule(len(target))
@@ -141,21 +145,21 @@ def batched(
     def pick(): # the best so far of every frame, with its price
         best = trellis(np.stack(errors, 1), np.stack(qs, 1), price*errors[0].mean())
         return [np.stack([v[b][f] for f, b in enumerate(best)]) for v in (qs, shown, errors)]
-    zero = np.zeros((F, 2), np.int64)
+    zero, moves = np.zeros((F, 2), np.int64), [None, None]
     show(zero)
-    if passes > 1: # move w_i to the best blend, far enough for a derivative; then w_l, towards the middle
+    if passes > 1 and 0 in which: # move w_i to the best blend, far enough for a derivative; then w_l, towards the middle
         i = quantise_weights(np.stack([best_start(c, target), uniform], 1), uniform)[:, 0]
         i = np.where(np.abs(i) < 4, np.where(i < 0, -4, 4), i)
         show(np.stack([i, 0*i], 1))
-        moves = [(shown[0], shown[1], i), None]
-    if passes > 2 and c.dual:
+        moves[0] = (shown[0], shown[1], i)
+    if passes > len(shown) and 1 in which and c.dual:
         l = np.where(uniform > .5, -3, 3)
-        show(np.stack([i, l], 1))
-        moves[1] = (shown[1], shown[2], l)
+        show(np.stack([qs[-1][:, 0], l], 1))
+        moves[1] = (*shown[-2:], l)
     while 1 < len(shown) < passes: # solve, render, and again from the best so far
         now, frames, _ = pick()
         error = paraboloid(target, frames, moves)
-        q = descend(lambda q: error(q - now[:, None]), uniform, price*errors[0].mean())
+        q = descend(lambda q: error(q - now[:, None]), uniform, price*errors[0].mean(), which=which)
         if any(np.array_equal(q, old) for old in qs): break
         show(q)
     q, frames, e = pick()
@@ -205,6 +209,18 @@ def even(
     e = mse(frames, target)
     return Found(q, dequantise_weights(q, uniform), frames, e, c.evaluations - before, [e.mean()])
 
+# %% ../nbs/62_search.ipynb #62-036
+# ways to search, by name; of `search_weights`
+METHODS = {'batched': batched, 'gradient': gradient, 'even': even, 'batched-i': partial(batched, which=(0,)), 'batched-l': partial(batched, which=(1,))}
+
+def method_of(
+    name:str, # one of `METHODS`, or 'gradient-50' for 50 steps of descent
+): # function of (`Clip`, target); `CmvcError` for any other name
+    "The search of a name."
+    if m := re.fullmatch(r'gradient-([1-9]\d{0,4})', str(name)): return partial(gradient, steps=int(m[1]))
+    if name not in METHODS: raise CmvcError(f"search '{name}': expected one of {', '.join(METHODS)}, or gradient-50 for so many steps")
+    return METHODS[name]
+
 # %% ../nbs/62_search.ipynb #62-019
 def search_weights(
     pipe,             # DualLoRAPipeline
@@ -212,20 +228,18 @@ def search_weights(
     image_0, image_1, # uint8 (H,W,3) *decoded* keyframes
     prompt:str='',    # the motion text
     loras=None,       # two LoRA states from `pipe.fit`
-    method:str='batched', # 'gradient', or 'even'
-    search:dict=None, # options of `batched`, `gradient` or `even`
+    method:str='batched', # see `method_of`
+    search:dict=None, # more options of that function
     **options,        # of `pipe.clip`; the decoder must use the same
 )->Found:
     "Choose w_i and w_l of every frame (eq. 7, 8) for the frames that the decoder will make."
     target = np.asarray(target)
     if target.dtype != np.uint8 or target.ndim != 4 or (len(target) and target.shape[1:] != image_0.shape):
         raise CmvcError(f'the target is uint8 (F,{image_0.shape[0]},{image_0.shape[1]},3); got {target.dtype} {target.shape}')
-    if method not in METHODS: raise CmvcError(f'method {method!r} is not one of {tuple(METHODS)}')
+    find = method_of(method)
     if not len(target): return Found(np.zeros((0, 2), np.int64), np.zeros((0, 2)), target, np.zeros(0), 0)
     with pipe.clip(image_0, image_1, prompt, loras, **options) as c:
-        return METHODS[method](c, target, **(search or {}))
-
-METHODS = dict(batched=batched, gradient=gradient, even=even) # of `search_weights`
+        return find(c, target, **(search or {}))
 
 # %% ../nbs/62_search.ipynb #62-023
 def ablate(
