@@ -43,9 +43,9 @@ class Job:
         return f"{word(self.title)}/{word(self.codec)}_{word(str(self.point))}_{key}"
 
 # %% ../nbs/85_bench.ipynb #85-021
-# options that may follow a point of ours: name → its values, or the smallest number (whole, unless that has a point), or str for any text
+# options that may follow a point of ours: name → its values, or the smallest number (whole, unless that has a point), or str
 OPTIONS = dict(selection=METHODS, both=('yes', 'no'), codec=tuple(CODECS), search=str, settings=('preset', 'paper'), steps=1, lora_steps=0, strength=0., guidance=0.,
-               motion_budget=0, seed=0, tries=1, describer=str)
+               motion_budget=0, seed=0, tries=1)
 
 def _option(name, value): # text to the value that `Codec.encode` takes
     want = OPTIONS[name]
@@ -60,7 +60,7 @@ def _option(name, value): # text to the value that `Codec.encode` takes
 
 def our_point(
     word:str, # k<keyframes>q<quality>t<bytes of text>, where q and t may be left out, and options behind commas
-)->dict: # of `Codec.encode`, and describer; `CmvcError` for any other word
+)->dict: # of `Codec.encode`; `CmvcError` for any other word
     "What a point of our own codec means."
     head, *more = str(word).split(',')
     m, given = re.fullmatch(r'k(\d+)(?:q(-?\d+(?:\.\d+)?))?(?:t(\d+))?', head), {}
@@ -88,7 +88,7 @@ def _ours(job, frames, fps): # (bytes, decoded, seconds to encode, seconds to de
     how = our_point(job.point)
     size = frames.shape[2], frames.shape[1]
     if size[0] % 64 or size[1] % 64: raise CmvcError(f"{size[0]}x{size[1]}: ours needs multiples of 64")
-    codec = _codec(job.preset, mode, how.pop('describer', None))
+    codec = _codec(job.preset, mode)
     for part in ('clip', 'describer', mode)[:2 if rival else 3]: getattr(getattr(codec.models, part), 'loras', {}).clear() # load it; it keeps nothing of the last point
     t0 = time.time()
     e = codec.encode(frames, None, mode, fps=fps, size=size, score=False, **how | ({'search': None} if rival else {})); t1 = time.time()
@@ -101,9 +101,9 @@ def _ours(job, frames, fps): # (bytes, decoded, seconds to encode, seconds to de
     return len(e.data), shown, t1-t0, time.time()-t1, dict(keyframes=e.keyframes, kinds=e.rate.to_dict()['kinds'])
 
 @functools.lru_cache(1)
-def _codec(preset, mode, describer): # the next point of this process finds its models loaded; of another mode's the memory is given back
+def _codec(preset, mode): # the next point of this process finds its models loaded; of another mode's the memory is given back
     from cmvc_nb.codec import Codec
-    return Codec.from_pretrained(preset, parts={'describer': describer} if describer else None)
+    return Codec.from_pretrained(preset)
 
 def _anchor(job, frames, fps):
     from cmvc_nb.anchors import get_anchor
@@ -252,6 +252,7 @@ def plan(
         base, _, rival = codec.partition('+')
         if base in OURS:
             if rival and (base != 'cmvc-it2v' or rival not in RIVALS): raise CmvcError(f"codec {codec!r}: expected {', '.join(OURS)}, or cmvc-it2v+ one of {', '.join(RIVALS)}")
+            if rival and (why := RIVALS[rival][1]()): raise CmvcError(f'{codec}: {why}')
             some = points.get(codec) or POINTS[base]; [our_point(p) for p in some]
         else:
             a = get_anchor(codec); some = points.get(codec) or a.points; knob, lo, hi, _ = a.knob
