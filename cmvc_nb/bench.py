@@ -30,7 +30,7 @@ class Job:
     frames:int=33    # from the first; a clip with fewer is refused
     size:str='256x256' # all codecs get these pixels
     metrics:tuple=() # names; () is all that need no download
-    preset:str='tiny' # of ours
+    preset:str='tiny' # of ours; and whose CLIP judges
     @property
     def title(self):
         "The clip's name in tables."
@@ -119,10 +119,11 @@ def measure(
 )->dict: # a row: clip, codec, point, bytes, bpp, kbps, seconds without loading the models, metrics with how they were made; and 'strip' and 'source', WebP pictures
     "Encode, decode, count, measure one point."
     from cmvc_nb.metrics import metrics_of
+    from cmvc_nb.models import load_models
     frames, fps = source or source_frames(job)
     size, shown, enc, dec, notes = (_ours if job.codec.startswith('cmvc-') else _anchor)(job, frames, fps)
     n, h, w, _ = frames.shape
-    scores = metrics_of(frames, shown, job.metrics or None).to_dict()
+    scores = metrics_of(frames, shown, job.metrics or None, load_models(job.preset)).to_dict() # its CLIP judges, where one does
     for s in scores.values(): s.pop('what', None); s['frames'] = [None if v is None else round(v, 4) for v in s.get('frames') or []]
     pick = np.linspace(0, n-1, strip).round().astype(int)
     return dict(asdict(job), clip=job.title, path=str(job.clip), fps=str(fps), width=w, height=h, bytes=size, bpp=8*size/(n*h*w), kbps=8*size*float(fps)/n/1000,
