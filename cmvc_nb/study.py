@@ -116,7 +116,7 @@ def mini_clips(folder)->Clips: # where to write the clip
     from cmvc_nb.world import video
     path, anchor = Path(folder)/'drawn.mkv', Row('x264', points=('51', '42', '34', '26'), codec='x264')
     Path(folder).mkdir(parents=True, exist_ok=True)
-    write_video(path, video(np.random.default_rng(3), 5, 64, kind='pan')[0], 25)
+    write_video(path, video(3, 5, 64, kind='pan')[0], 25)
     return Clips('miniature', (str(path),), 5, '64x64', metrics=('psnr', 'haarpsi', 'flicker', 'smoothness'), anchor=anchor)
 
 # %% ../nbs/94_study.ipynb #94-019
