@@ -174,11 +174,12 @@ ANCHORS = {a.name: a for a in (
 
 # %% ../nbs/82_anchors.ipynb #82-021
 def get_anchor(
-    name:str,             # in `ANCHORS`, with or without a scale: 'x265', 'x265@1/2', 'svtav1@0.75'
-    preset:str|None=None, # of the encoder, if not the default
+    name:str,             # in `ANCHORS`, with a preset and a scale if you like: 'x265', 'x265@1/2', 'svtav1@0.75', 'vvenc-ld:fast', 'x265:medium@1/2'
+    preset:str|None=None, # of the encoder, if not the default or the name's
 )->Anchor: # `CmvcError` for an unknown name or scale
     "An anchor by its name."
-    base, at, scale = name.partition('@')
+    (base, of, own), at, scale = name.partition('@')[0].partition(':'), *name.partition('@')[1:]
+    if preset is None and of: preset = own
     if base not in ANCHORS: raise CmvcError(f'no anchor {base!r}; choose one of {", ".join(ANCHORS)}, if you like with a scale as in x265@1/2')
     try: scale = Fraction(scale) if at else Fraction(1)
     except (ValueError, ZeroDivisionError): scale = 0

@@ -1,5 +1,6 @@
 """Anchors: round trips, what is counted, programs on the PATH by stand-ins, rivals between keyframes."""
 import hashlib, subprocess, sys, tempfile
+from fractions import Fraction
 from pathlib import Path
 import numpy as np, pytest
 from cmvc_nb.anchors import ANCHORS, RIVALS, between, best_within, get_anchor, nal_units, pack, rd_curve, unpack
@@ -264,3 +265,12 @@ def test_own_rivals_and_codecs(monkeypatch):
     assert np.array_equal(between(k, [0, 3], 'amt'), k[[0, 1, 1, 1]])
     monkeypatch.setitem(RIVALS, 'amt', (lambda a, b, times: [b], lambda: ''))
     with pytest.raises(CmvcError, match='amt: frames'): between(k, [0, 3], 'amt')
+
+
+def test_a_preset_in_the_name():
+    f = drawn(9)
+    a = get_anchor('x265:ultrafast@1/2')
+    assert (a.name, a.preset, a.scale) == ('x265:ultrafast@1/2', 'ultrafast', Fraction(1, 2))
+    assert a.encode(f, 25, 40) == get_anchor('x265@1/2', 'ultrafast').encode(f, 25, 40) and get_anchor('x265:fast', 'medium').preset == 'medium'
+    with pytest.raises(CmvcError, match='warp'): get_anchor('x265:warp').encode(f, 25, 40)
+    with pytest.raises(CmvcError, match='no anchor'): get_anchor('x266:fast')
