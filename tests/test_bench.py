@@ -118,7 +118,8 @@ def endless(folder):
 def test_a_signal_ends_all_at_once(clips, tmp_path, how, status):
     pid = endless(tmp_path/'bin'); (tmp_path/'tmp').mkdir()
     p = subprocess.Popen([sys.executable, '-c', 'from cmvc_nb.cli import main; main()', 'bench', str(clips[0]), '-o', str(tmp_path/'out'), '--codecs', 'x264,vvenc-ra', '--points', 'x264=51', '--points', 'vvenc-ra=63', '--frames', '5',
-                          '--size', '64x64', '--metrics', 'psnr', '--json'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | dict(PATH=f"{tmp_path/'bin'}:{os.environ['PATH']}", TMPDIR=str(tmp_path/'tmp')))
+                          '--size', '64x64', '--metrics', 'psnr', '--json'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | dict(PATH=f"{tmp_path/'bin'}:{os.environ['PATH']}", TMPDIR=str(tmp_path/'tmp')),
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # which a shell takes from what it starts in the background
     for _ in range(1200):
         if pid.exists() or p.poll() is not None: break
         time.sleep(.05)
