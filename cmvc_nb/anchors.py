@@ -178,8 +178,9 @@ def get_anchor(
     preset:str|None=None, # of the encoder, if not the default or the name's
 )->Anchor: # `CmvcError` for an unknown name or scale
     "An anchor by its name."
-    (base, of, own), at, scale = name.partition('@')[0].partition(':'), *name.partition('@')[1:]
-    if preset is None and of: preset = own
+    base, at, scale = name.partition('@')
+    base, colon, own = base.partition(':')
+    if preset is None and colon: preset = own
     if base not in ANCHORS: raise CmvcError(f'no anchor {base!r}; choose one of {", ".join(ANCHORS)}, if you like with a scale as in x265@1/2')
     try: scale = Fraction(scale) if at else Fraction(1)
     except (ValueError, ZeroDivisionError): scale = 0
@@ -287,9 +288,9 @@ def _blend(a, b, times): return [np.rint((1-t)*a + t*np.float32(b)).astype(np.ui
 def _flow(a, b, times):
     import torch
     from cmvc_nb.flow import Flow
-    flow, pair = Flow([a, b]), torch.from_numpy(np.stack([a, b])).permute(0, 3, 1, 2).float()/127.5 - 1
-    made = (flow.blend(torch.tensor([1.-t]), pair)[0] for t in times)
-    return [((m[0].clamp(-1, 1) + 1)*127.5).round().byte().permute(1, 2, 0).numpy() for m in made]
+    from cmvc_nb.it2v import to_pixels, to_uint8
+    flow, pair = Flow([a, b]), torch.stack([to_pixels(a), to_pixels(b)])
+    return [to_uint8(flow.blend(torch.tensor([1.-t]), pair)[0])[0] for t in times]
 
 def _rife(a, b, times):
     with tempfile.TemporaryDirectory(prefix='cmvc') as d:
