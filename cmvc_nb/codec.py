@@ -25,7 +25,7 @@ class Player:
     "Makes the frames of a clip from its representation, alike in encoder and decoder (eq. 3)."
     def __init__(self, models, header:Header, n_clips:int, group, clip):
         self.models, self.header, self.n_clips = models, header, n_clips
-        self._group, self._clip = group, clip   # group(g) -> frames or None; clip(j) -> ClipContent or None
+        self._group, self._clip, self._said = group, clip, []   # group(g) -> frames or None; clip(j) -> ClipContent or None
 
     @classmethod
     def of(cls, models, reader):
@@ -42,6 +42,11 @@ class Player:
         "Motion text of clip `j`."
         c = self._clip(min(j, self.n_clips-1))
         return c.motion_text if c else ''
+
+    def before(self, j:int)->tuple:
+        "Motion texts of the clips before clip `j`."
+        for i in range(len(self._said), j): self._said.append(self.motion(i))
+        return tuple(self._said[:j])
 
     def text(self, k:int)->str:
         "Text of keyframe `k`: it lies in the clip that the keyframe begins, the last one's in the last clip."
@@ -78,7 +83,7 @@ class Player:
         h = self.header
         if h.mode == 'tt2v':
             return self.models.tt2v.generate((self.text(j), self.text(j+1)), self.motion(j), frames+1, h.coded_height, h.coded_width, seed=h.seed, steps=h.steps,
-                                             guidance_scale=h.guidance, progress=progress)
+                                             guidance_scale=h.guidance, progress=progress, before=self.before(j))
         a, b = self.keyframe(j), self.keyframe(j+1)
         if a is None or b is None: return np.repeat(self._nearest(j)[None], frames+1, 0) # damaged: hold what is nearest
         if frames == 1: return np.stack([a, b])
@@ -175,7 +180,7 @@ class _Encoder(Player):
         from cmvc_nb.tt2v import choose_seed
         h, ks = self.header, sorted(self.judged)
         return choose_seed(self.models.tt2v, [self.text(k) for k in ks], [self.words[k] for k in ks], h.coded_height, h.coded_width, range(self.opts['tries']),
-                           lambda done, total: self.tell('seeds', done, total), steps=h.steps, guidance_scale=h.guidance)[0]
+                           lambda done, total: self.tell('seeds', done, total), before=[self.before(k) for k in ks], steps=h.steps, guidance_scale=h.guidance)[0]
 
     def _ready(self, j):
         if self.header.mode == 'tt2v': return j in self.contents

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PALETTE', 'SIZES', 'TEXTURES', 'PLACES', 'BRIGHT', 'LIGHT', 'Describer', 'to_lab', 'colour_name', 'Region', 'segment',
            'regions', 'light_words', 'keyframe_sentence', 'describe_keyframe', 'camera_fit', 'Motion', 'moving_object',
-           'measure_motion', 'motion_sentence', 'MeasuringDescriber', 'parse_regions', 'agreement']
+           'measure_motion', 'motion_sentence', 'MeasuringDescriber', 'parse_regions', 'agreement', 'parse_camera']
 
 # %% ../nbs/20_representation.ipynb #20-002
 import re
@@ -276,3 +276,17 @@ def agreement(
     def sim(r, q): return np.exp(-np.linalg.norm(_LAB[_NAMES.index(r.colour)]-_LAB[_NAMES.index(q.colour)])/25 - 1.5*np.hypot(*np.subtract(_XY[r.place], _XY[q.place])))
     def way(xs, ys): return sum(_AREA[x.size]*max(sim(x, y) for y in ys) for x in xs)/sum(_AREA[x.size] for x in xs)
     return float((way(ra, rb) + way(rb, ra))/2)
+
+# %% ../nbs/20_representation.ipynb #20-039
+_FAR = (('slightly', .035), ('a tenth', .1), ('a fifth', .2), ('a third', .33), ('half', .55), ('the whole', 1.))
+
+def parse_camera(text:str)->Motion:
+    "What a motion's sentence says of the camera; no motion if it says nothing."
+    s = text.split(';')[0].lower()
+    if 'camera' not in s: return Motion(0, 0, 1, 0)
+    far = next((v for w, v in _FAR if re.search(rf'\b{w}\b', s)), .1)
+    d = dict(left=0., right=0., up=0., down=0.)
+    for i, (_, where) in enumerate(re.findall(r'\b(pan|tilt|mov)\w* (?:(?:to|towards) )?(?:the )?(left|right|up|down)', s)[:2]): d[where] = far*.7**i # the larger comes first
+    z, r = re.search(r'\bzoom\w* (in|out)(?: by (\d{1,2}) )?', s), re.search(r'\brotat\w* (clockwise|anticlockwise|counterclockwise)(?: by (\d{1,2}) )?', s)
+    zoom = 1 + max(2.5, int(z[2] or 10))/100 if z else 1.
+    return Motion(d['right']-d['left'], d['up']-d['down'], 1/zoom if z and z[1] == 'out' else zoom, (1 if r[1] == 'clockwise' else -1)*float(r[2] or 5) if r else 0.)

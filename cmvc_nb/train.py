@@ -13,7 +13,8 @@ import argparse, json, math, time
 from functools import partial
 from pathlib import Path
 import cv2, numpy as np, torch, torch.nn.functional as F
-from .representation import describe_keyframe, motion_sentence
+from .representation import Motion, describe_keyframe, motion_sentence
+from .scene import FINE, camera_step, see_noise
 from .world import picture_shard, pictures, seeded, video_shard, videos
 
 # %% ../nbs/91_training.ipynb #91-006
@@ -151,13 +152,14 @@ def data_part(out:Path, n:int=32000, seed:int=0, pca:int=600, workers:int=1, dev
     save({k: v if k == 'text' else torch.cat(v) for k, v in d.items()}, out/'pictures.safetensors')
 
 def videos_part(out:Path, n:int=1500, seed:int=0, workers:int=1, device='cpu', **kw):
-    "Draw the videos: `videos.safetensors` (latents of 16 frames, first and last caption, motion caption)."
+    "Draw the videos: `videos.safetensors` (latents of 16 frames; captions of the first frame, the last and the motion; pan, tilt, zoom and rotation)."
     from diffusers import AutoencoderTiny
-    lin, d = linear_encoder(AutoencoderTiny.from_pretrained(out/'vae')), dict(z=[], half=[], text=[])
+    lin, d = linear_encoder(AutoencoderTiny.from_pretrained(out/'vae')), dict(z=[], half=[], camera=[], text=[])
     for i, shard in enumerate(shards(partial(video_shard, device=device), seed+1, -(-n//10), workers)):
-        for v, said in shard: d['z'].append(encode(lin, v)); d['half'].append(encode(lin, v, 128)); d['text'].append(said)
+        for v, said, m in shard:
+            d['z'].append(encode(lin, v)); d['half'].append(encode(lin, v, 128)); d['text'].append(said); d['camera'].append(torch.tensor([m.pan, m.tilt, m.zoom, m.rotation]))
         if i % 20 == 19: print(10*i+10, 'videos', flush=True)
-    save(dict(z=torch.stack(d['z']), half=torch.stack(d['half']), text=d['text']), out/'videos.safetensors')
+    save({k: v if k == 'text' else torch.stack(v) for k, v in d.items()}, out/'videos.safetensors')
 
 # %% ../nbs/91_training.ipynb #91-017
 class Loop:
@@ -240,13 +242,13 @@ def tokenize(tok, texts):
     "Token ids, padded to the full length as Stable Diffusion does."
     return tok(texts, padding='max_length', truncation=True, max_length=TOKENS, return_tensors='pt').input_ids
 
-def text_part(out:Path, minutes:float=8, resume=False, device='cpu', seed:int=0, **kw):
+def text_part(out:Path, minutes:float=8, resume=False, device='cpu', seed:int=0, lr:float=1e-3, **kw):
     "Make the tokenizer and train the text encoder."
     rng, d = np.random.default_rng(seed+3), load(out/'pictures.safetensors')
     tok = make_tokenizer([t for p in d['text'][:6000] for t in p] + motion_texts([seed, 3], 2000, device), out/'tokenizer')
     te = make_text_encoder(tok); model = Painter(te).to(device)
     thumb = F.interpolate(d['thumb'].permute(0, 3, 1, 2).float(), (8, 8), mode='area').flatten(2).transpose(1, 2)/127.5-1
-    loop = Loop(model, out, 'text', minutes, 1e-3, resume)
+    loop = Loop(model, out, 'text', minutes, lr, resume)
     for _ in loop:
         i = rng.integers(0, len(d['text']), 48)
         ids = tokenize(tok, [d['text'][j][rng.integers(2)] for j in i]).to(device)
@@ -255,16 +257,17 @@ def text_part(out:Path, minutes:float=8, resume=False, device='cpu', seed:int=0,
     te.save_pretrained(out/'text_encoder')
 
 # %% ../nbs/91_training.ipynb #91-023
-def velocity_loss(unet, sched, z, ctx, noise, t, weight=None):
-    "Mean squared error of the predicted velocity at timesteps `t`."
+def velocity_loss(unet, sched, z, ctx, noise, t, coarse:float=1.):
+    "Mean squared error of the predicted velocity at timesteps `t`, and `coarse` times that of its 4 x 4 means, where the layout is."
     if z.ndim == 4: noisy, v = sched.add_noise(z, noise, t), sched.get_velocity(z, noise, t)
     else: # video (B,C,F,h,w)
         flat = lambda a: a.transpose(1, 2).flatten(0, 1); back = lambda a: a.unflatten(0, (len(z), -1)).transpose(1, 2); tt = t.repeat_interleave(z.shape[2])
         noisy, v = back(sched.add_noise(flat(z), flat(noise), tt)), back(sched.get_velocity(flat(z), flat(noise), tt))
     with half_precision(z.device): out = unet(noisy, t, ctx).sample
-    return F.mse_loss(out.float(), v)
+    e = out.float() - v; means = 4*F.avg_pool2d(e if e.ndim == 4 else e.transpose(1, 2).flatten(0, 1), 4) # white errors count alike in both
+    return (e.square().mean() + coarse*means.square().mean())/(1 + coarse)
 
-def unet_part(out:Path, minutes:float=45, resume=False, device='cpu', seed:int=0, batch:int=16, half:float=.5, **kw):
+def unet_part(out:Path, minutes:float=45, resume=False, device='cpu', seed:int=0, lr:float=1e-3, batch:int=16, half:float=.5, **kw):
     "Train the denoiser, and the text encoder on."
     from transformers import CLIPTextModel, CLIPTokenizer
     rng, g, d = np.random.default_rng(seed+4), torch.Generator().manual_seed(seed), load(out/'pictures.safetensors')
@@ -274,7 +277,7 @@ def unet_part(out:Path, minutes:float=45, resume=False, device='cpu', seed:int=0
     def caption(j):
         r, k, m = rng.uniform(), d['text'][j][rng.integers(2)], mt[rng.integers(len(mt))]
         return k if r < .55 else f'{k} {m}' if r < .78 else m if r < .9 else ''
-    loop = Loop(both, out, 'unet', minutes, 1e-3, resume, decay=.998)
+    loop = Loop(both, out, 'unet', minutes, lr, resume, decay=.998)
     for share in loop:
         i = rng.integers(0, n, batch if share >= half else 2*batch)
         z = d['z' if share >= half else 'half'][i].float().to(device)
@@ -284,45 +287,47 @@ def unet_part(out:Path, minutes:float=45, resume=False, device='cpu', seed:int=0
     both.unet.save_pretrained(out/'unet'); both.text.save_pretrained(out/'text_encoder'); sched.save_pretrained(out/'scheduler')
 
 # %% ../nbs/91_training.ipynb #91-025
-def motion_part(out:Path, minutes:float=25, resume=False, device='cpu', seed:int=0, half:float=.7, **kw):
+def motion_part(out:Path, minutes:float=25, resume=False, device='cpu', seed:int=0, lr:float=1e-3, half:float=.7, **kw):
     "Train the motion modules on drawn videos."
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
     rng, g, d = np.random.default_rng(seed+5), torch.Generator().manual_seed(seed), load(out/'videos.safetensors')
     tok, te, sched = CLIPTokenizer.from_pretrained(out/'tokenizer'), CLIPTextModel.from_pretrained(out/'text_encoder').to(device), make_scheduler()
     unet = make_motion(UNet2DConditionModel.from_pretrained(out/'unet')).to(device); unet.freeze_unet2d_params()
-    loop = Loop(unet, out, 'motion', minutes, 1e-3, resume, decay=.99)
+    loop = Loop(unet, out, 'motion', minutes, lr, resume, decay=.99)
     for share in loop:
-        j = rng.integers(len(d['text'])); a, b, m = d['text'][j]
+        j = rng.integers(len(d['text'])); a, b, said = d['text'][j]
         pick = np.linspace(0, 15, rng.integers(6, 17)).round().astype(int)
         z = d['z' if share >= half else 'half'][j][pick].float().transpose(0, 1)[None].to(device)
-        with torch.no_grad(): e = te(tokenize(tok, [f'{a} {m}', f'{b} {m}']).to(device)).last_hidden_state
+        with torch.no_grad(): e = te(tokenize(tok, [f'{a} {said}', f'{b} {said}']).to(device)).last_hidden_state
         s = torch.linspace(0, 1, len(pick), device=device)[:, None, None]
-        rho = rng.uniform(); one = torch.randn(z[:, :, :1].shape, generator=g); each = torch.randn(z.shape, generator=g)
+        rho, seen, m = rng.uniform(), torch.randn(z.shape[1], 2*FINE*z.shape[3], 2*FINE*z.shape[4], generator=g)*FINE, Motion(*d['camera'][j].tolist()) # as `scene_noise`
+        one = torch.stack([see_noise(seen, camera_step(m, p/15, *z.shape[3:])) for p in pick], 1)[None]; each = torch.randn(z.shape, generator=g)
         t = torch.randint(0, 1000, (1,), generator=g).to(device)
         loop.update(velocity_loss(unet, sched, z, e[:1]*(1-s) + e[1:]*s, (rho**.5*one + (1-rho)**.5*each).to(device), t))
     unet.save_motion_modules(out/'motion_adapter')
 
 # %% ../nbs/91_training.ipynb #91-027
 # open_clip's configuration file
-CLIP = dict(model_cfg=dict(embed_dim=128, vision_cfg=dict(image_size=64, layers=4, width=128, head_width=32, patch_size=8),
+CLIP = dict(model_cfg=dict(embed_dim=128, vision_cfg=dict(image_size=64, layers=4, width=192, head_width=32, patch_size=16),
                            text_cfg=dict(context_length=TOKENS, vocab_size=None, width=128, heads=4, layers=2, hf_tokenizer_name='local')),
             preprocess_cfg=dict(mean=[.5]*3, std=[.5]*3, interpolation='bicubic', resize_mode='squash'))
 
-def clip_part(out:Path, minutes:float=12, resume=False, device='cpu', seed:int=0, batch:int=64, **kw):
+def clip_part(out:Path, minutes:float=12, resume=False, device='cpu', seed:int=0, lr:float=1e-3, batch:int=64, **kw):
     "Train CLIP and write it as an open_clip folder."
     import copy, open_clip, shutil
     from safetensors.torch import save_file
     from transformers import CLIPTokenizer
     rng, g, d = np.random.default_rng(seed+6), torch.Generator().manual_seed(seed), load(out/'pictures.safetensors')
     tok, cfg = CLIPTokenizer.from_pretrained(out/'tokenizer'), copy.deepcopy(CLIP); cfg['model_cfg']['text_cfg']['vocab_size'] = len(tok)
-    model = open_clip.CLIP(**cfg['model_cfg']).to(device); loop = Loop(model, out, 'clip', minutes, 1e-3, resume)
+    words = tokenize(tok, sum(d['text'], [])).view(-1, 2, TOKENS)
+    model = open_clip.CLIP(**cfg['model_cfg']).to(device); loop = Loop(model, out, 'clip', minutes, lr, resume)
     for _ in loop:
         i = rng.integers(0, len(d['text']), batch)
         x = d['thumb'][i].permute(0, 3, 1, 2).float()/127.5-1
         c, y0, x0 = rng.integers(52, 65), *rng.integers(0, 6, 2); x = F.interpolate(x[:, :, y0:y0+c, x0:x0+c], (64, 64), mode='bilinear')
         x = x*(1+.15*torch.randn(batch, 1, 1, 1, generator=g)) + .08*torch.randn(batch, 3, 1, 1, generator=g) + .03*torch.randn(x.shape, generator=g)
-        with half_precision(device): im, tx, scale = model(x.to(device), tokenize(tok, [d['text'][j][rng.integers(2)] for j in i]).to(device))
+        with half_precision(device): im, tx, scale = model(x.to(device), words[i, rng.integers(2, size=batch)].to(device))
         im, tx = im.float(), tx.float(); logits = scale*im@tx.T; y = torch.arange(batch, device=device)
         loop.update((F.cross_entropy(logits, y)+F.cross_entropy(logits.T, y))/2)
         with torch.no_grad(): model.logit_scale.clamp_(0, math.log(100))
@@ -357,7 +362,7 @@ def main(argv=None):
     p = argparse.ArgumentParser(prog='python -m cmvc_nb.train', description='Train the embedded models, part by part: ' + ' '.join(PARTS))
     p.add_argument('part', choices=PARTS); p.add_argument('-o', '--out', type=Path, default=Path('runs/tiny'), help='working folder')
     p.add_argument('--minutes', type=float, help='time granted'); p.add_argument('-n', type=int, help='how many to draw (data, videos)')
-    p.add_argument('--resume', action='store_true'); p.add_argument('--device', default='cpu'); p.add_argument('--seed', type=int, default=0)
+    p.add_argument('--resume', action='store_true'); p.add_argument('--lr', type=float, help='learning rate before its cosine'); p.add_argument('--device', default='cpu'); p.add_argument('--seed', type=int, default=0)
     p.add_argument('--threads', type=int); p.add_argument('--workers', type=int, help='processes that draw'); p.add_argument('--to', type=Path, help='ship: the preset folder')
     a = {k: v for k, v in vars(p.parse_args(argv)).items() if v is not None}
     if 'threads' in a: torch.set_num_threads(a.pop('threads'))

@@ -9,11 +9,13 @@ __all__ = ['TextToVideo', 'fit_text', 'step_noise', 'straighten', 'windows', 'va
 # %% ../nbs/50_tt2v.ipynb #50-002
 import re, warnings
 from collections import OrderedDict
+from dataclasses import replace
 from typing import Callable, Protocol
 import numpy as np, torch
 from safetensors.torch import load_file
 from .errors import CmvcError, say_once
-from .representation import agreement, describe_keyframe
+from .representation import agreement, describe_keyframe, parse_camera
+from .scene import camera_path, camera_step, carry, scene_noise, see_noise, sketch
 
 # %% ../nbs/50_tt2v.ipynb #50-005
 class TextToVideo(Protocol):
@@ -28,6 +30,7 @@ class TextToVideo(Protocol):
         steps:int=10,             # of the sampler
         guidance_scale:float=2.,  # of classifier-free guidance; 1 is none, and half the time
         progress:Callable=None,   # called with (UNet calls done, in all)
+        before:tuple=(),          # motion texts of the clips before this one: where the camera stands already
     )->np.ndarray: "uint8 RGB `(num_frames,height,width,3)`; its last frame is the next clip's first."
 
 # %% ../nbs/50_tt2v.ipynb #50-007
@@ -71,10 +74,11 @@ def step_noise(
     frames:int,      # how many
     shape:tuple,     # of one latent (C,h,w)
     share:float=.8,  # part of the variance that all frames have in common, in [0,1]
-)->tuple: # (common (C,h,w), for each frame (frames,C,h,w)), float32 on the CPU, unit variance
+    poses=None,      # of the camera at each frame; None: the common part does not move
+)->tuple: # (common (C,h,w), or (frames,C,h,w) if it moves; for each frame (frames,C,h,w)), float32 on the CPU, unit variance
     "Noise of a clip: a common part and one for each frame. Drawn on the CPU, so that every device starts alike."
     g = torch.Generator('cpu').manual_seed(seed)
-    common = torch.randn(shape, generator=g)
+    common = torch.randn(shape, generator=g) if poses is None else torch.stack([see_noise(scene_noise(seed, tuple(shape)), p) for p in poses])
     each = torch.stack([torch.randn(shape, generator=g) for _ in range(frames)]) if frames else torch.zeros(0, *shape)
     return common, share**.5*common + (1 - share)**.5*each
 
@@ -82,11 +86,12 @@ def straighten(
     x,     # frames or latents along axis 0, tensor or array `(F,…)`, F ≥ 2
     first, # what x[0] must be `(…)`
     last,  # what x[-1] must be `(…)`
+    carry=lambda d, end: d, # how a difference at frame 0 or -1 looks at every frame `(F,…)`; as it is, if nothing moves
 ):         # as x, with these ends
     "Add a linear drift along time, so that the clip begins and ends on its anchors: $z_w + (1-s)(A_j - z_0) + s(A_{j+1} - z_N)$, $s=w/N$."
     a, b, n = first - x[0], last - x[-1], len(x) - 1
     s = (torch.linspace(0, 1, n + 1, device=x.device) if torch.is_tensor(x) else np.linspace(0, 1, n + 1, dtype=np.float32)).reshape(-1, *[1]*(x.ndim - 1))
-    return x + (1 - s)*a + s*b
+    return x + (1 - s)*carry(a, 0) + s*carry(b, -1)
 
 # %% ../nbs/50_tt2v.ipynb #50-014
 def windows(
@@ -134,16 +139,19 @@ class AnimateDiffTT2V:
         context:int=16,           # frames that the motion module was trained with
         share:float=.8,           # common part of the frames' noise, see `step_noise`
         strength:float=1.,        # 1: frames start from pure noise; less: from a blend of the anchors
+        sketch:float=0.,          # anchors start from the `sketch` of their text, noised with this strength; 0: from pure noise
+        moving:bool=False,        # noise and blends move with the camera of the motion texts, see `camera_path`
         clip_guidance:float=None, # guidance of the frames between anchors; None: as the anchors
         rescale:float=.7,         # how far guidance keeps the spread of the unguided prediction, against garish colours
         max_batch:int=64,         # latents in one UNet call
         chunk:int=None,           # frames in one VAE call; None: `vae_batch`
         tiling:bool=False,        # the autoencoder works in tiles, see `tile`
     ):
-        if not 0 < strength <= 1 or not 0 <= share <= 1: raise CmvcError(f"strength {strength}, share {share}: expected numbers in (0,1] and [0,1]")
+        if not 0 < strength <= 1 or not 0 <= share <= 1 or not 0 <= sketch <= 1: raise CmvcError(f"strength {strength}, share {share}, sketch {sketch}: expected numbers in (0,1], [0,1] and [0,1]")
         self.pipe, self.image_unet = pipe, image_unet
         self.context = min(context, pipe.unet.config.motion_max_seq_length)
-        self.share, self.strength, self.clip_guidance, self.rescale, self.max_batch, self.chunk = share, strength, clip_guidance, rescale, max_batch, chunk
+        self.share, self.strength, self.sketch, self.moving = share, strength, sketch, moving
+        self.clip_guidance, self.rescale, self.max_batch, self.chunk = clip_guidance, rescale, max_batch, chunk
         self._anchors = OrderedDict()
         if tiling: tile(pipe.vae)
 
@@ -188,6 +196,12 @@ def _guided(self, unet, x, t, text, empty, scale):
     v, spread = a + scale*(b - a), lambda y: y.flatten(1).std(1).reshape(-1, *[1]*(y.ndim - 1))
     return v*(1 - self.rescale + self.rescale*spread(b)/spread(v))
 
+def _latent(self, frame):
+    "A frame, uint8 `(H,W,3)`, to its latent `(1,C,h,w)`."
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
+    vae = self.pipe.vae; x = torch.tensor(frame).permute(2, 0, 1)[None].to(self.pipe.device, vae.dtype)/127.5 - 1
+    return (retrieve_latents(vae.encode(x), sample_mode='argmax')*vae.config.scaling_factor).float()
+
 def _pixels(self, z):
     "Latents `(F,C,h,w)` to uint8 frames, `chunk` at a time."
     out, n = [], self.chunk or vae_batch(z)
@@ -196,7 +210,7 @@ def _pixels(self, z):
         out.append(((x.clamp(-1, 1) + 1)*127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy())
     return np.concatenate(out)
 
-AnimateDiffTT2V._embed, AnimateDiffTT2V._schedule, AnimateDiffTT2V._guided, AnimateDiffTT2V._pixels = _embed, _schedule, _guided, _pixels
+AnimateDiffTT2V._embed, AnimateDiffTT2V._schedule, AnimateDiffTT2V._guided, AnimateDiffTT2V._latent, AnimateDiffTT2V._pixels = _embed, _schedule, _guided, _latent, _pixels
 
 # %% ../nbs/50_tt2v.ipynb #50-021
 @torch.inference_mode()
@@ -206,14 +220,21 @@ def anchor(self:AnimateDiffTT2V,
     seed:int=0,             # of the file
     steps:int=10,           # of the sampler
     guidance_scale:float=2., # 1 is none
+    before:tuple=(),        # motion texts of the clips before it
 )->tuple: # (latent `(C,h,w)` float32, picture uint8 `(H,W,3)`)
     "The picture of a keyframe's text: a function of these arguments and nothing else."
-    key = (text, height, width, seed, steps, guidance_scale)
+    s, f, dev = self._schedule(steps), self.pipe.vae_scale_factor, self.pipe.device
+    shape = self.image_unet.config.in_channels, height//f, width//f
+    pose = camera_path(before, *shape[1:])[-1:] if self.moving else None
+    key = (text, height, width, seed, steps, guidance_scale, self.sketch, pose is not None and pose.tobytes())
     if key not in self._anchors:
-        s, f, dev = self._schedule(steps), self.pipe.vae_scale_factor, self.pipe.device
-        x = step_noise(seed, 0, (self.image_unet.config.in_channels, height//f, width//f))[0][None].to(dev)*s.init_noise_sigma
+        noise, ts = step_noise(seed, 0, shape, poses=pose)[0].view(1, *shape), s.timesteps
+        x, drawn = noise.to(dev)*s.init_noise_sigma, self.sketch and sketch(text, height, width, noise[0])
+        if drawn is not None and self.sketch:
+            ts = ts[steps - max(1, round(self.sketch*steps)):]
+            x = s.add_noise(self._latent(drawn), noise.to(dev), ts[:1])
         e, empty = self._embed(fit_text(self.pipe.tokenizer, text)), self._embed('')
-        for t in s.timesteps: x = s.step(self._guided(self.image_unet, x, t, e, empty, guidance_scale), t, x).prev_sample
+        for t in ts: x = s.step(self._guided(self.image_unet, x, t, e, empty, guidance_scale), t, x).prev_sample
         self._anchors[key] = x[0], self._pixels(x)[0]
         while len(self._anchors) > 4: self._anchors.popitem(last=False)
     return self._anchors[key]
@@ -222,7 +243,7 @@ AnimateDiffTT2V.anchor = anchor
 
 # %% ../nbs/50_tt2v.ipynb #50-025
 @torch.inference_mode()
-def _sample(self, anchors, texts, frames, seed, steps, scale, progress):
+def _sample(self, anchors, texts, frames, seed, steps, scale, progress, poses=None):
     "Latents `(frames,C,h,w)` of a clip, not yet straightened."
     sch, dev, n = self._schedule(steps), self.pipe.device, frames
     s = torch.linspace(0, 1, n, device=dev)
@@ -230,7 +251,10 @@ def _sample(self, anchors, texts, frames, seed, steps, scale, progress):
     empty = self._embed('') if scale > 1 else None
     ts = sch.timesteps[steps - max(1, round(self.strength*steps)):]
     z = torch.lerp(*anchors, s[:, None, None, None])
-    z = sch.add_noise(z, step_noise(seed, n, z.shape[1:], self.share)[1].to(dev), ts[:1].expand(n))
+    if poses is not None:
+        (a, seen), (b, too) = (map(torch.stack, zip(*(carry(x, poses[e], p) for p in poses))) for x, e in zip(anchors, (0, -1)))
+        s1 = s[:, None, None, None]; wa, wb = (1-s1)*(seen+.01), s1*(too+.01); z = (wa*a + wb*b)/(wa+wb) # what only one of them sees is that one's
+    z = sch.add_noise(z, step_noise(seed, n, z.shape[1:], self.share, poses)[1].to(dev), ts[:1].expand(n))
     plan = [windows(n, self.context, wide=i < len(ts)//2) for i in range(len(ts))]
     done, total = 0, sum(map(len, plan))
     for t, wins in zip(ts, plan):
@@ -262,20 +286,25 @@ def check_request(keyframe_texts, motion_text, num_frames, height, width, steps,
     if min(height, width) < multiple or height % multiple or width % multiple: raise CmvcError(f'{width}×{height} pixels: expected multiples of {multiple}')
     if int(steps) != steps or not 1 <= steps <= 1000: raise CmvcError(f'{steps} steps: expected 1 to 1000')
 
-def generate(self, keyframe_texts, motion_text, num_frames, height=256, width=256, seed=0, steps=10, guidance_scale=2., progress=None):
+def generate(self, keyframe_texts, motion_text, num_frames, height=256, width=256, seed=0, steps=10, guidance_scale=2., progress=None, before=()):
     "The clip of these texts, uint8 `(num_frames,height,width,3)`; see `TextToVideo`."
     # 1. check
     check_request(keyframe_texts, motion_text, num_frames, height, width, steps, self.pipe.vae_scale_factor)
     # 2. anchors
-    (a, first), (b, last) = (self.anchor(t, height, width, seed, steps, guidance_scale) for t in keyframe_texts)
+    (a, first), (b, last) = (self.anchor(t, height, width, seed, steps, guidance_scale, c) for t, c in zip(keyframe_texts, (tuple(before), (*before, motion_text))))
     if num_frames == 2: return np.stack([first, last])
     # 3. denoise, at a finer rate where the clip is short
     k = max(1, (self.context - 1)//(num_frames - 1))
     prompts = [fit_text(self.pipe.tokenizer, t, motion_text, warn=False) for t in keyframe_texts] # the anchors have the whole text
     scale = guidance_scale if self.clip_guidance is None else self.clip_guidance
-    z = self._sample((a, b), prompts, k*(num_frames - 1) + 1, seed, steps, scale, progress)
+    n, poses, kept = k*(num_frames - 1) + 1, None, {}
+    if self.moving:
+        start, end = camera_path((*before, motion_text), *a.shape[1:])[-2:]
+        m = parse_camera(motion_text); m = replace(m, zoom=float(np.sqrt(np.linalg.det(start[:2, :2])/np.linalg.det(end[:2, :2])))) # as far as the path went along with it
+        poses = [start @ camera_step(m, s, *a.shape[1:]) for s in np.linspace(0, 1, n)]; kept = dict(carry=lambda d, e: torch.stack([carry(d, poses[e], p)[0] for p in poses]))
+    z = self._sample((a, b), prompts, n, seed, steps, scale, progress, poses)
     # 4. straighten, thin, decode
-    return np.concatenate([first[None], self._pixels(straighten(z, a, b)[k:-1:k]), last[None]])
+    return np.concatenate([first[None], self._pixels(straighten(z, a, b, **kept)[k:-1:k]), last[None]])
 
 AnimateDiffTT2V._sample, AnimateDiffTT2V.generate = _sample, generate
 
@@ -287,13 +316,14 @@ def choose_seed(
     height:int, width:int, # coded size in pixels
     seeds=range(8),    # to try
     progress:Callable=None, # called with (seeds tried, in all)
+    before:list=None,  # for each keyframe the motion texts of the clips before it; None: none
     **options          # steps and guidance_scale, as the file has them
 )->tuple: # (the seed, mean agreement in [0,1] for each seed)
     "The seed whose generated keyframes are described most like the source's; the first of equals."
     scores = []
     for seed in seeds:
-        pairs = [tv.generate(ends, '', 2, height, width, seed=seed, **options) for ends in zip(texts[::2], texts[1::2] + texts[-1:])]
-        scores.append(float(np.mean([agreement(describe_keyframe(f), w) for f, w in zip(np.concatenate(pairs), words)])))
+        made = [tv.generate((t, t), '', 2, height, width, seed=seed, before=b, **options)[0] for t, b in zip(texts, before or [()]*len(texts))]
+        scores.append(float(np.mean([agreement(describe_keyframe(f), w) for f, w in zip(made, words)])))
         if progress: progress(len(scores), len(seeds))
     return seeds[int(np.argmax(scores))], scores
 

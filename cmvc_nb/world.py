@@ -334,7 +334,7 @@ def video_shard(
     n:int=10,   # how many
     frames:int=16, # of each
     device='cpu', # where they are drawn
-)->list: # pairs of uint8 numpy `(frames,256,256,3)` and its captions: first frame, last frame, motion
+)->list: # of each: uint8 numpy `(frames,256,256,3)`; its captions of first frame, last frame and motion; its `Motion`
     "Videos and what happens in them."
     vs, motions = videos(n, frames, generator=seeded(seed), device=device)
-    return [(v, (describe_keyframe(v[0]), describe_keyframe(v[-1]), motion_sentence(m))) for v, m in zip(vs.cpu().numpy(), motions)]
+    return [(v, (describe_keyframe(v[0]), describe_keyframe(v[-1]), motion_sentence(m)), m) for v, m in zip(vs.cpu().numpy(), motions)]

@@ -148,4 +148,4 @@ def test_textures_are_normal_and_go_from_smooth_to_rough():
 def test_shards_have_captions():
     ims, said = picture_shard([0, 1], 2); assert ims.shape == (2, 256, 256, 3) and len(said) == 2 and all(len(s) == 2 for s in said)
     again, _ = picture_shard([0, 1], 2); other, _ = picture_shard([0, 2], 2); assert (again == ims).all() and not (other == ims).all()
-    (v, texts), = video_shard(3, 1, 2); assert v.shape == (2, 256, 256, 3) and len(texts) == 3 and 'camera' in texts[2]
+    (v, texts, motion), = video_shard(3, 1, 2); assert v.shape == (2, 256, 256, 3) and len(texts) == 3 and motion.zoom > 0 and 'camera' in texts[2]
