@@ -5,17 +5,20 @@
 # %% auto #0
 __all__ = ['square', 'linear_psnr', 'autoencoded', 'top1', 'time_correlation', 'cut_drop', 'embed_texts', 'named',
            'compare_words', 'draw', 'camera_kind', 'camera_prompts', 'obeyed', 'there_and_back', 'steps_curve',
-           'measure', 'main']
+           'against_blends', 'measure', 'summary', 'card', 'main']
 
 # %% ../nbs/93_figures.ipynb #93-003
 import argparse, json, time
 from pathlib import Path
 import cv2, numpy as np, torch
-from .geometry import Geometry
+from .bitstream import open_cmvc
+from .codec import Codec, Player
 from .it2v import denoise, to_uint8
 from .keyframes import psnr
+from .metrics import haarpsi
 from .models import PRESETS, load_models
 from .representation import Motion, agreement, describe_keyframe, measure_motion, motion_sentence, parse_regions
+from .search import ablate
 from .tt2v import frame_steps
 from .video import read_video
 from .world import pictures, seeded, spectral_slope
@@ -164,6 +167,25 @@ def steps_curve(
         out[n] = dict(agreement=float(np.mean([agreement(t, describe_keyframe(m)) for t, m in zip(texts, made)])), slope=float(np.mean([spectral_slope(m) for m in made])))
     return out
 
+# %% ../nbs/93_figures.ipynb #93-027
+def against_blends(
+    models,
+    frames:np.ndarray, # a clip, uint8 `(T,H,H,3)`, H a multiple of 64
+    keyframes:int=3,
+)->dict: # row of `ablate` → (mean squared error, HaarPSI) over the generated frames
+    "What is generated beside what is only mixed."
+    codec = Codec(models); e, table, n = codec.encode(frames, keyframes=keyframes, size=frames.shape[1], score=False), {}, 0
+    as_tensor = lambda f: torch.tensor(f).permute(0, 3, 1, 2).float()
+    with open_cmvc(e.data) as r:
+        p = Player.of(models, r)
+        for j, k in enumerate(r.lengths):
+            if k < 2: continue
+            rows = ablate(models.it2v, frames[e.keyframes[j]+1:e.keyframes[j]+k], p.keyframe(j), p.keyframe(j+1), p.steps(j, k), p.motion(j), p.loras(j), r.header.lora_steps,
+                          lambda a, b: float(haarpsi(as_tensor(a), as_tensor(b)).mean()), **p.sampling())
+            for row in rows: table[row['row']] = table.get(row['row'], 0) + (k-1)*np.array([row['mse'], row['perceptual']])
+            n += k-1
+    return {k: tuple(map(float, v/n)) for k, v in table.items() if k[:3] in ('(a)', '(b)', '(d)') or k == '(c) full path'}
+
 # %% ../nbs/93_figures.ipynb #93-025
 def measure(
     clips:Path=None, # folder of videos
@@ -182,7 +204,8 @@ def measure(
     # 2. CLIP
     drawn = pictures(n, generator=seeded(987), device=device).cpu().numpy(); said = [describe_keyframe(f) for f in drawn]
     note(clip_top1=top1(models.clip_embed(drawn), embed_texts(models, said)))
-    shots = [np.stack([square(f) for f in read_video(p, 64)[0]]) for p in sorted(p for p in Path(clips).iterdir() if p.suffix in ('.mp4', '.mkv'))] if clips else []
+    paths = sorted(p for p in Path(clips).iterdir() if p.suffix in ('.mp4', '.mkv')) if clips else []
+    shots = [np.stack([square(f) for f in read_video(p, 64)[0]]) for p in paths]
     if shots:
         v = [models.clip_embed(s) for s in shots]
         note(time_correlation=[round(time_correlation(x), 3) for x in v], cut_drop_smallest=min(cut_drop(a, b) for a, b in zip(v, v[1:]+v[:1])))
@@ -202,7 +225,54 @@ def measure(
     tv.moving = moving
     # 5. keyframes to noise and back
     note(there_and_back=[[round(x, 2) for x in there_and_back(models.it2v, s[0])[:2]] for s in shots or drawn[:4, None]])
+    # 6. generated frames against blends
+    note(blends={Path(p).stem: {k: [round(x, 4) for x in v] for k, v in against_blends(models, s[:33]).items()} for p, s in zip(paths, shots) if len(s) > 4})
     return out
+
+def summary(f:dict)->list: # of (what, asked, reached), from what `measure` found
+    "The demands and what became of them."
+    share, mean = (lambda v: f'{100*v:.0f} %'), lambda k, r, i: np.mean([b[r][i] for b in f[k].values()])
+    best = min(f['steps_curve'].values(), key=lambda c: -c['agreement'])['agreement']; w, w0, full, rivals = f['words'], f['words_without_sketch'], '(c) full path', ('(a) linear blend', '(b) blend, searched w_i', '(d) moving blend, searched w_i')
+    wins = lambda r: sum(b[full][1] > b[r][1] for b in f['blends'].values())
+    return [
+        ('VAE, Kodak 01–08 at 256 × 256', "25.7 dB, 2 above a linear transform", f"{f['kodak_psnr']:.2f} dB; the linear transform that was fitted to these very pictures {f['kodak_linear']:.1f}"),
+        ('VAE, one 256 × 256 frame', '120 ms on two cores', f"{f['decode_ms']:.0f} ms"),
+        ('CLIP, right text of 64, 256 drawn pictures', '60 %', share(f['clip_top1'])),
+        ('CLIP, correlation with time ≤ −0.5', '8 of 10 clips', f"{sum(r <= -.5 for r in f['time_correlation'])} of {len(f['time_correlation'])}"),
+        ('CLIP, drop at a cut against drops within', '3 times', f"{f['cut_drop_smallest']:.0f} times in the worst pair"),
+        ('Words that come back, same colour word and same place word', '70 %, 3 times as often as other texts', f"{share(w['named'])} with the sketch ({w['named']/w['named, other texts']:.0f} times), {share(w0['named'])} by the denoiser alone ({w0['named']/w0['named, other texts']:.1f} times); the pictures themselves behind the VAE {share(f['words_ceiling']['named'])}"),
+        ('The same, graded agreement', '', f"{w['agreement']:.2f} (other texts {w['agreement, other texts']:.2f}) with the sketch, {w0['agreement']:.2f} ({w0['agreement, other texts']:.2f}) without; ceiling {f['words_ceiling']['agreement']:.2f}"),
+        ('Spectral slope of samples', f"{f['world_slope']:.2f} ± 0.3, the world's", f"{f['words_slope']:.2f}; without the sketch {f['words_without_sketch_slope']:.2f}"),
+        ('Camera does as told', '85 % (a CPU: 60 % of pans)', f"{share(f['camera'])}; pans {share(f['camera_by_kind']['pans'])}, tilts {share(f['camera_by_kind']['tilts'])}, zooms {share(f['camera_by_kind']['zooms'])}, rotations {share(f['camera_by_kind']['rotates'])}, none {share(f['camera_by_kind']['is'])}; motion modules alone, their noise at rest: {share(f['camera_without_moving_noise'])}"),
+        ('Difference of frames where nothing moves', '2 of 255', f"{f['camera_still']:.2f}"),
+        ('Keyframe to noise and back under its LoRA', '1 dB below the VAE alone', f"{np.mean([a-b for a, b in f['there_and_back']]):.2f} dB below in the mean, {max(a-b for a, b in f['there_and_back']):.2f} at most (50 steps)"),
+        ('IT2V, squared error, mean of the clips', 'below both blends', f"{mean('blends', full, 0):.1f}; " + ', '.join(f"{r[4:]} {mean('blends', r, 0):.1f}" for r in rivals)),
+        ('IT2V, HaarPSI', 'above both on most clips', f"above on {', '.join(f'{wins(r)} ({r[4:]})' for r in rivals)} of {len(f['blends'])}"),
+        ('8 steps against 50', 'alike', f"agreement {f['steps_curve']['8']['agreement']:.2f} and {f['steps_curve']['50']['agreement']:.2f}, slope {f['steps_curve']['8']['slope']:.2f} and {f['steps_curve']['50']['slope']:.2f}")]
+
+def card(preset:str, f:dict, log:dict, where:str)->str:
+    "A model card in Markdown: data, training, figures, limits."
+    rows = '\n'.join(f'| {a} | {b} | {c} |' for a, b, c in summary(f)); time = '\n'.join(f"| {p} | {l['steps']:,} | {l['minutes']/60:.1f} |" for p, l in log.items())
+    return f"""# {preset}
+
+Small models in the layout of Stable Diffusion, AnimateDiff and open_clip, made by `python -m cmvc_nb.train` and measured by `python -m cmvc_nb.figures`. Apache-2.0.
+
+**Data.** Pictures and videos that `cmvc_nb.world` draws, captioned by the measuring describer of `cmvc_nb.representation`. No photograph and no other model took part.
+
+**Training.** {where}
+
+| part | steps | hours |
+| --- | ---: | ---: |
+{time}
+
+**Figures.**
+
+| what | asked | reached |
+| --- | --- | --- |
+{rows}
+
+**Limits.** The models know colours, places, textures and camera moves, in the words of one describer; no objects, no people, no free English. They are for running the codec everywhere and for tests, not for faithful pictures.
+"""
 
 def main(argv=None):
     "The command line of the figures."
@@ -210,7 +280,7 @@ def main(argv=None):
     p.add_argument('--clips', type=Path, help='folder of videos'); p.add_argument('--kodak', type=Path, help='folder of photographs (.png)')
     p.add_argument('--preset', default='tiny'); p.add_argument('--device', default='cpu'); p.add_argument('-n', type=int, default=256, help='drawn pictures'); p.add_argument('--prompts', type=int, default=128, help='camera moves')
     p.add_argument('-o', '--out', type=Path, help='JSON file'); a = vars(p.parse_args(argv)); to = a.pop('out')
-    found = measure(**a)
+    found = json.loads(json.dumps(measure(**a)))
     if to: to.write_text(json.dumps(found, indent=1))
 
 if __name__ == '__main__' and '__file__' in globals(): main() # not in a notebook
