@@ -68,9 +68,9 @@ def time_correlation(
     v:np.ndarray, # embeddings of a shot's frames `(T,D)`
 )->float: # Spearman's, in [-1,1]
     "Does likeness fall with distance in time?"
-    from scipy.stats import spearmanr
+    def rank(a): _, at, n = np.unique(a, return_inverse=True, return_counts=True); return (n.cumsum() - (n-1)/2)[at] # equals share their mean rank
     i, j = np.triu_indices(len(v), 1)
-    return float(spearmanr((v @ v.T)[i, j], j-i)[0])
+    return float(np.corrcoef(rank((v @ v.T)[i, j]), rank(j-i))[0, 1])
 
 def cut_drop(
     a:np.ndarray, b:np.ndarray, # embeddings of two shots' frames `(T,D)`
@@ -187,6 +187,7 @@ def against_blends(
     return {k: tuple(map(float, v/n)) for k, v in table.items() if k[:3] in ('(a)', '(b)', '(d)') or k == '(c) full path'}
 
 # %% ../nbs/93_figures.ipynb #93-025
+# the figures that go together
 GROUPS = ('vae', 'clip', 'words', 'steps', 'camera', 'back', 'blends')
 
 def measure(
