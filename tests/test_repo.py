@@ -56,7 +56,7 @@ def copy(tmp_path_factory):
 
 def python(code, cwd, **env):
     "Run `code` in a new interpreter whose `cmvc_nb` is the one in `cwd`; its output, or the whole of it as a failure."
-    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | dict(PYTHONPATH=str(cwd), OMP_NUM_THREADS='1') | env
+    env = {k: v for k, v in os.environ.items() if k not in ('IN_TEST', 'VIRTUAL_ENV')} | dict(PYTHONPATH=str(cwd), OMP_NUM_THREADS='1') | env
     r = subprocess.run([sys.executable, '-c', code], cwd=cwd, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert r.returncode == 0, r.stdout + r.stderr
     return r.stdout + r.stderr
