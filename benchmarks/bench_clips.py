@@ -80,7 +80,7 @@ def tt2v(codec, folder):
         for name, f in clips(folder):
             e = codec.encode(f, mode='tt2v', keyframes=3, seed=seed); d, k = codec.decode(e.data).frames, e.keyframes
             names.append(name); said.append([describe_keyframe(f[i]) for i in k]); seen.append([describe_keyframe(d[i]) for i in k])
-            s = frame_steps(d); ratios.append(max(max(s[k[1]-1], s[k[1]])/max(np.median(s[k[j]:k[j+1]]), .02) for j in (0, 1) if k[j+1]-k[j] > 2))
+            s = frame_steps(d); ratios.append(max(s[k[1]-1+j]/max(np.median(s[k[j]:k[j+1]]), .02) for j in (0, 1) if k[j+1]-k[j] > 2)) # each in its own clip's pace
         A = np.array([[np.mean([agreement(a, b) for a, b in zip(x, y)]) for y in said] for x in seen])
         for i, n in enumerate(names): print(f'{n:36} agreement with its source {A[i, i]:.2f}, mean with others {(A[i].sum()-A[i, i])/(len(A)-1):.2f}, best {names[A[i].argmax()]}; step at the join / median {ratios[i]:.2f}', flush=True)
         print(f'{title}: right source first: {(A.argmax(1) == np.arange(len(A))).sum()} of {len(A)}; largest step at a join {max(ratios):.2f} of the median step')
