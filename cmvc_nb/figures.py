@@ -10,10 +10,10 @@ __all__ = ['GROUPS', 'square', 'linear_psnr', 'autoencoded', 'top1', 'time_corre
 # %% ../nbs/93_figures.ipynb #93-003
 import argparse, json, time
 from pathlib import Path
-import cv2, numpy as np, torch
+import numpy as np, torch
 from .bitstream import open_cmvc
 from .codec import Codec, Player
-from .it2v import denoise, to_uint8
+from .it2v import denoise, to_pixels, to_uint8
 from .keyframes import psnr
 from .metrics import haarpsi
 from .models import PRESETS, load_models, load_preset
@@ -49,7 +49,7 @@ def autoencoded(
     "Frames through the VAE alone."
     out, times = [], []
     for f in frames:
-        z = pipe.to_latents(torch.tensor(f).permute(2, 0, 1)[None].to(pipe.device)/127.5-1); t = time.perf_counter()
+        z = pipe.to_latents(to_pixels(f)[None].to(pipe.device)); t = time.perf_counter()
         out.append(to_uint8(pipe.to_image(z))[0]); times.append(time.perf_counter()-t)
     return np.stack(out), 1000*float(np.median(times[1:] or times))
 
@@ -133,14 +133,13 @@ def obeyed(
     tv,          # an `AnimateDiffTT2V`
     asked:list,  # `Motion`s
     texts:list,  # keyframe sentences, as many
-    side:int=192, frames:int=9, progress=None, **options # of `generate`
+    side:int=192, frames:int=9, **options # of `generate`
 )->tuple: # for each: what the camera was seen to do; and the mean difference of neighbouring frames where it was to be still, of 255
     "Clips that were told how the camera moves."
     seen, still = [], []
     for i, (m, t) in enumerate(zip(asked, texts)):
         clip = tv.generate((t, t), motion_sentence(m), frames, side, side, seed=i, **options); seen.append(camera_kind(measure_motion(clip)))
         if camera_kind(m) == 'is still': still.append(frame_steps(clip).mean())
-        if progress: progress(i+1, len(asked))
     return seen, float(np.mean(still)) if still else 0.
 
 # %% ../nbs/93_figures.ipynb #93-019
@@ -158,7 +157,7 @@ def there_and_back(
 
 # %% ../nbs/93_figures.ipynb #93-022
 def steps_curve(
-    tv, texts:list, steps=(1, 2, 4, 6, 8, 10, 20, 50), side:int=256, guidance_scale:float=4., sources=None,
+    tv, texts:list, steps=(1, 2, 4, 6, 8, 10, 20, 50), side:int=256, guidance_scale:float=4.,
 )->dict: # steps → agreement and spectral slope
     "What the number of steps changes."
     out = {}
@@ -231,7 +230,7 @@ def measure(
 def summary(f:dict)->list: # of (what, asked, reached), from what `measure` found
     "The demands and what became of them."
     share, mean = (lambda v: f'{100*v:.0f} %'), lambda k, r, i: np.mean([b[r][i] for b in f[k].values()])
-    best = min(f['steps_curve'].values(), key=lambda c: -c['agreement'])['agreement']; w, w0, full, rivals = f['words'], f['words_without_sketch'], '(c) full path', ('(a) linear blend', '(b) blend, searched w_i', '(d) moving blend, searched w_i')
+    w, w0, full, rivals = f['words'], f['words_without_sketch'], '(c) full path', ('(a) linear blend', '(b) blend, searched w_i', '(d) moving blend, searched w_i')
     wins = lambda r: sum(b[full][1] > b[r][1] for b in f['blends'].values())
     return [
         ('VAE, Kodak 01–08 at 256 × 256', "25.7 dB, 2 above a linear transform", f"{f['kodak_psnr']:.2f} dB; the linear transform that was fitted to these very pictures {f['kodak_linear']:.1f}"),

@@ -229,8 +229,8 @@ def anchor(self:AnimateDiffTT2V,
     key = (text, height, width, seed, steps, guidance_scale, self.sketch, pose is not None and pose.tobytes())
     if key not in self._anchors:
         noise, ts = step_noise(seed, 0, shape, poses=pose)[0].view(1, *shape), s.timesteps
-        x, drawn = noise.to(dev)*s.init_noise_sigma, self.sketch and sketch(text, height, width, noise[0])
-        if drawn is not None and self.sketch:
+        x, drawn = noise.to(dev)*s.init_noise_sigma, sketch(text, height, width, noise[0]) if self.sketch else None
+        if drawn is not None:
             ts = ts[steps - max(1, round(self.sketch*steps)):]
             x = s.add_noise(self._latent(drawn), noise.to(dev), ts[:1])
         e, empty = self._embed(fit_text(self.pipe.tokenizer, text)), self._embed('')
@@ -250,8 +250,8 @@ def _sample(self, anchors, texts, frames, seed, steps, scale, progress, poses=No
     e0, e1 = (self._embed(t) for t in texts)
     empty = self._embed('') if scale > 1 else None
     ts = sch.timesteps[steps - max(1, round(self.strength*steps)):]
-    z = torch.lerp(*anchors, s[:, None, None, None])
-    if poses is not None:
+    if poses is None: z = torch.lerp(*anchors, s[:, None, None, None])
+    else:
         (a, seen), (b, too) = (map(torch.stack, zip(*(carry(x, poses[e], p) for p in poses))) for x, e in zip(anchors, (0, -1)))
         s1 = s[:, None, None, None]; wa, wb = (1-s1)*(seen+.01), s1*(too+.01); z = (wa*a + wb*b)/(wa+wb) # what only one of them sees is that one's
     z = sch.add_noise(z, step_noise(seed, n, z.shape[1:], self.share, poses)[1].to(dev), ts[:1].expand(n))
